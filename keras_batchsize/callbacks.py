@@ -1,0 +1,458 @@
+"""Keras callbacks: the batch size follows the noise, the rate the batch size.
+
+Thin shells. A callback puts the train function in place, tells it when epochs
+begin and end, and carries what it reports into logs, lines and the report;
+measuring and deciding happen elsewhere. None of them holds anything but its
+arguments before `on_train_begin`, so that they can be deep-copied.
+"""
+
+import json
+import math
+import os
+
+import keras
+
+from keras_batchsize import _checks
+from keras_batchsize import keras_private
+from keras_batchsize import learning_rate
+from keras_batchsize import policies
+from keras_batchsize import requirements
+from keras_batchsize import scaling
+from keras_batchsize.controller import Controller
+from keras_batchsize.plan import Ladder
+from keras_batchsize.plan import largest_on_ladder
+from keras_batchsize.report import Change
+from keras_batchsize.report import Report
+from keras_batchsize.report import Row
+from keras_batchsize.train_function import AdaptiveTrainFunction
+
+
+def _train_function_of(model):
+    """Returns the model's adaptive train function, or None."""
+    function = model.train_function
+    is_adaptive = isinstance(function, AdaptiveTrainFunction)
+    return function if is_adaptive and function.is_current else None
+
+
+class DynamicBatchSize(keras.callbacks.Callback):
+    """Lets the batch size follow the gradient noise scale.
+
+    To be used with a plain `model.fit` whose `batch_size` is the superbatch,
+    `initial_batch_size` times a power of two: each Keras step hands over a
+    superbatch, which is cut into updates of the size in force.
+
+    ```python
+    model.fit(x, y, batch_size=2048, callbacks=[
+        kb.DynamicBatchSize(initial_batch_size=32),
+        kb.LearningRateScaling("linear"),
+    ])
+    ```
+
+    At the end of each epoch it adds to the logs, and so to `History`:
+    `batch_size` (examples per update), `noise_scale` (examples; NaN while not
+    resolved) and `examples_per_second`.
+
+    Args:
+        policy: Name of a policy or a `BatchSizePolicy`.
+        initial_batch_size: The base batch size B₀ that the learning rate was
+            meant for.
+        min_batch_size: Smallest size, in examples. None for B₀.
+        max_batch_size: Largest size, in examples. None for the superbatch.
+            Above the superbatch gradients are accumulated.
+        measure_every: Measure one update in so many; "auto" for as often as
+            2 % of the time pay for.
+        verbose: 1 to print a line at each change.
+
+    Attributes:
+        report: The `Report` of the latest training.
+    """
+
+    def __init__(
+        self,
+        policy="goodput",
+        initial_batch_size=32,
+        min_batch_size=None,
+        max_batch_size=None,
+        measure_every="auto",
+        verbose=0,
+    ):
+        super().__init__()
+        self.policy = policies.get(policy)
+        self.initial_batch_size = initial_batch_size
+        self.min_batch_size = min_batch_size
+        self.max_batch_size = max_batch_size
+        self.measure_every = measure_every
+        self.verbose = verbose
+        self.report = None
+        self._train_function = None
+        self.make_ladder(math.inf)
+
+    def make_ladder(self, superbatch_size):
+        """Returns the `Ladder` of sizes for a superbatch size."""
+        base, maximum = self.initial_batch_size, self.max_batch_size
+        if maximum is None:
+            maximum = base if superbatch_size == math.inf else superbatch_size
+        minimum = self.min_batch_size
+        return Ladder(base, base if minimum is None else minimum, maximum)
+
+    def make_controller(self, superbatch_size):
+        """Returns the `Controller` of a training.
+
+        Args:
+            superbatch_size: Examples in the first superbatch.
+
+        Raises:
+            ValueError: If it is not on the ladder of the initial size.
+        """
+        base = self.initial_batch_size
+        fitting = largest_on_ladder(base, superbatch_size)
+        if superbatch_size < base or superbatch_size != fitting:
+            if self.params.get("steps") == 1:
+                fitting *= 2 if superbatch_size > fitting else 1
+            else:
+                raise ValueError(
+                    "The batch size given to `fit` must be "
+                    "`initial_batch_size` times a power of two: it is the "
+                    "superbatch that updates are cut from. Received: "
+                    f"batch_size={superbatch_size}, "
+                    f"initial_batch_size={base}. Use "
+                    f"model.fit(..., batch_size={fitting * 2})."
+                )
+        measure = self.measure_every if self.policy.needs_noise else None
+        if not self.policy.needs_noise and self.measure_every != "auto":
+            measure = self.measure_every
+        return Controller(
+            self.policy, self.make_ladder(fitting), fitting, measure
+        )
+
+    def on_train_begin(self, logs=None):
+        """Puts the adaptive train function in place."""
+        requirements.check_model(self.model)
+        if _train_function_of(self.model) is not None:
+            raise ValueError(
+                "Only one callback may decide the batch size. Received: a "
+                "second `DynamicBatchSize`, or one after a static "
+                "`LearningRateScaling`. Remove one of them."
+            )
+        function = AdaptiveTrainFunction(
+            self.model,
+            self.make_controller,
+            steps=self.params.get("steps"),
+            epochs=self.params.get("epochs", 1),
+        )
+        function.on_superbatch = self._record
+        function.on_decision = self._announce
+        self.report = Report()
+        self._train_function = function
+        function.install()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the epoch's count of examples and seconds."""
+        self._train_function.start_epoch(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds batch size, noise scale and speed to the logs."""
+        function = self._train_function
+        controller = function.controller
+        if controller is None:
+            return
+        function.finish_pending()
+        seconds = function.epoch_seconds
+        estimate = controller.noise_scale
+        logs["batch_size"] = float(controller.batch_size)
+        logs["noise_scale"] = estimate.value if estimate.resolved else math.nan
+        logs["examples_per_second"] = (
+            function.epoch_examples / seconds if seconds else math.nan
+        )
+        controller.on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs=None):
+        """Gives the model back as it was."""
+        self.close()
+
+    def close(self):
+        """Gives the model its train function back and ends the report."""
+        function = self._train_function
+        if function is None:
+            return
+        function.uninstall()
+        if function.controller is not None:
+            self._complete_report(function)
+
+    def _announce(self, decision):
+        """Prints and records a change of the size."""
+        function, controller = self._train_function, None
+        controller = function.controller
+        rate = function.next_learning_rate()
+        self.report.add_change(
+            Change(
+                epoch=function.epoch,
+                examples=controller.examples,
+                updates=controller.updates,
+                old_batch_size=decision.old_batch_size,
+                new_batch_size=decision.new_batch_size,
+                noise_scale=decision.noise_scale,
+                learning_rate=rate,
+                reason=decision.reason,
+                predicted_speedup=decision.predicted_speedup,
+                observed_speedup=math.nan,
+            )
+        )
+        if self.verbose:
+            keras_private.print_message(
+                f"\nEpoch {function.epoch + 1}: DynamicBatchSize setting "
+                f"batch size to {decision.new_batch_size} "
+                f"({decision.reason}), learning rate to {rate:.4g}."
+            )
+
+    def _record(self, measurement):
+        """Adds a row to the report."""
+        function = self._train_function
+        controller = function.controller
+        plan, estimate = controller.plan, controller.noise_scale
+        known = estimate.resolved
+        self.report.add_row(
+            Row(
+                examples=controller.examples,
+                updates=controller.updates,
+                epoch=function.epoch,
+                seconds=function.seconds,
+                batch_size=plan.batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                accumulation_steps=plan.accumulation_steps,
+                noise_scale=estimate.value if known else math.nan,
+                noise_lower=estimate.lower if known else math.nan,
+                noise_upper=estimate.upper if known else math.nan,
+                learning_rate=measurement.learning_rate,
+                base_learning_rate=measurement.learning_rate / function.factor,
+                learning_rate_factor=function.factor,
+                examples_per_second=measurement.examples / measurement.seconds,
+                goodput=controller.goodput,
+                loss=(
+                    math.nan if measurement.loss is None else measurement.loss
+                ),
+            )
+        )
+
+    def _complete_report(self, function):
+        controller, report = function.controller, self.report
+        for index, change in enumerate(report.changes):
+            report.replace_change(
+                index, observed_speedup=controller.observed_speedup(change)
+            )
+        base = controller.ladder.base
+        report.base_updates = controller.base_steps
+        if controller.timings.median(base) is not None:
+            seconds = controller.timings.median(base)
+            report.base_seconds = (
+                seconds * controller.base_steps + function.tracing_seconds
+            )
+        report.skipped_measurements = controller.skipped_measurements
+        report.settings.update(
+            policy=repr(controller.policy),
+            learning_rate_scaling=function.rule.__name__,
+            base_batch_size=base,
+            superbatch_size=controller.superbatch_size,
+            min_batch_size=controller.ladder.sizes[0],
+            max_batch_size=controller.ladder.sizes[-1],
+            measuring_share=controller.measuring.share,
+        )
+        if not report.changes:
+            report.settings["reason_unchanged"] = controller.why_unchanged()
+
+
+class LearningRateScaling(keras.callbacks.Callback):
+    """Lets the learning rate follow the batch size.
+
+    With a `DynamicBatchSize` in the same `fit`, in any order, it follows that.
+    Alone, with `batch_size` given, it is the static rule of Goyal et al. 2017
+    (arXiv:1706.02677): the rate is multiplied by the rule's factor for
+    batch_size/base_batch_size, reached by a gradual warm-up. The optimizer's
+    own `learning_rate` is not changed; the factor is applied around updates.
+
+    ```python
+    model.fit(x, y, batch_size=1024, callbacks=[kb.LearningRateScaling(
+        base_batch_size=128, batch_size=1024, warmup_epochs=5)])
+    ```
+
+    Args:
+        rule: "linear", "sqrt", "adascale", "none", "auto" (linear for SGD,
+            sqrt for adaptive optimizers), or a function
+            `factor(ratio, noise_scale) -> float` of B/B₀ and φ/B₀.
+        base_batch_size: Batch size B₀ that the learning rate was meant for.
+            None for the initial size of `DynamicBatchSize`.
+        batch_size: The batch size given to `fit`, for the static use.
+        warmup_epochs: Epochs over which the factor grows from 1; may be a
+            fraction.
+        momentum_correction: Whether momentum is rescaled when the factor
+            changes.
+    """
+
+    def __init__(
+        self,
+        rule="auto",
+        base_batch_size=None,
+        batch_size=None,
+        warmup_epochs=0,
+        momentum_correction=True,
+    ):
+        super().__init__()
+        scaling.get(rule, auto="sqrt")
+        why = "the rate is scaled by the ratio of the two sizes"
+        for name, value in (
+            ("base_batch_size", base_batch_size),
+            ("batch_size", batch_size),
+        ):
+            if value is not None:
+                _checks.positive_int(name, value, why, f"Use {name}=32.")
+        self.rule = rule
+        self.base_batch_size = base_batch_size
+        self.batch_size = batch_size
+        self.warmup_epochs = _checks.real(
+            "warmup_epochs",
+            warmup_epochs,
+            0.0,
+            1e6,
+            "the factor grows from 1 during these epochs",
+            "Use 5.",
+        )
+        self.momentum_correction = momentum_correction
+        self._static = None
+        self._attached = False
+
+    def on_train_begin(self, logs=None):
+        """Forgets an earlier training."""
+        requirements.check_model(self.model)
+        self._static, self._attached = None, False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Attaches itself, once every callback has begun."""
+        if not self._attached:
+            self._attach()
+        if self._static is not None:
+            self._static.start_epoch(epoch)
+
+    def _attach(self):
+        function = _train_function_of(self.model)
+        if function is None:
+            function = self._static = self._make_static()
+        auto = learning_rate.rule_for(self.model.optimizer)
+        function.rule = scaling.get(self.rule, auto)
+        function.rate_batch_size = self.base_batch_size
+        function.warmup_epochs = self.warmup_epochs
+        function.corrects_momentum = self.momentum_correction
+        self._attached = True
+
+    def _make_static(self):
+        if self.batch_size is None or self.base_batch_size is None:
+            raise ValueError(
+                "`base_batch_size` and `batch_size` must be given to "
+                "`LearningRateScaling` where no `DynamicBatchSize` decides: "
+                "the rate is scaled by their ratio. Received: "
+                f"base_batch_size={self.base_batch_size}, "
+                f"batch_size={self.batch_size}. Pass the size that the rate "
+                "was meant for and the `batch_size` given to `fit`, or add "
+                "kb.DynamicBatchSize()."
+            )
+        size = self.batch_size
+        function = AdaptiveTrainFunction(
+            self.model,
+            lambda _: Controller(
+                policies.Fixed(), Ladder(size, size, size), size, None
+            ),
+            steps=self.params.get("steps"),
+            epochs=self.params.get("epochs", 1),
+        )
+        function.install()
+        return function
+
+    def on_train_end(self, logs=None):
+        """Gives the model back as it was."""
+        if self._static is not None:
+            self._static.uninstall()
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """Keras's callback of that name, with the batch size's state added.
+
+    Beside the weights it saves the batch size, the noise statistics, the
+    clocks and the policy's state, so that an interrupted training goes on as
+    if it had not been. Takes the arguments of
+    `keras.callbacks.BackupAndRestore`.
+    """
+
+    _STATE_FILE = "batch_size.json"
+
+    def on_train_begin(self, logs=None):
+        """Loads the weights, and the state for the first epoch."""
+        super().on_train_begin(logs)
+        self._state = None
+        path = os.path.join(self.backup_dir, self._STATE_FILE)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                self._state = json.load(file)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Hands the state over, once every callback has begun."""
+        super().on_epoch_begin(epoch, logs)
+        function = _train_function_of(self.model)
+        if self._state is not None and function is not None:
+            function.set_state(self._state)
+        self._state = None
+
+    def _save_model(self):
+        """Adds a file to what Keras saves (a private hook of Keras)."""
+        super()._save_model()
+        function = _train_function_of(self.model)
+        if function is None or function.controller is None:
+            return
+        path = os.path.join(self.backup_dir, self._STATE_FILE)
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump(function.get_state(), file)
+        os.replace(path + ".new", path)
+
+
+class ExamplesProgbarLogger(keras.callbacks.ProgbarLogger):
+    """The progress bar, counting examples and showing the batch size.
+
+    Keras uses it instead of its own bar when it is among the callbacks.
+
+    Args:
+        examples: Examples per epoch. None for Keras's count of steps times
+            the superbatch size.
+    """
+
+    def __init__(self, examples=None):
+        super().__init__()
+        self.examples = examples
+        self._steps = None
+
+    def set_params(self, params):
+        """Takes `verbose` and the number of epochs from `fit`."""
+        super().set_params(params)
+        self._steps = self.target
+        self.target = self.examples
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts a bar."""
+        super().on_epoch_begin(epoch, logs)
+        self.progbar.unit_name = "example"
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Moves the bar on by the examples of the superbatch."""
+        function = _train_function_of(self.model)
+        if function is None:
+            self.progbar.unit_name = "step"
+            super().on_train_batch_end(batch, logs)
+            return
+        controller = function.controller
+        if self.target is None and self._steps:
+            self.target = self._steps * controller.superbatch_size
+            self.progbar.target = self.target
+        shown = {**(logs or {}), "batch_size": controller.batch_size}
+        super().on_train_batch_end(function.epoch_examples - 1, shown)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Ends the bar at the number of examples that there were."""
+        self.target = self.progbar.target = self.seen
+        super().on_epoch_end(epoch, logs)

@@ -1,0 +1,402 @@
+"""Remembers what was measured, asks the policy, gives the next plan.
+
+The controller is the one owner of state. It sees a `Measurement` after each
+superbatch and holds the batch size, the learning-rate factor and the clocks;
+it knows nothing of TensorFlow, and its state is plain JSON.
+"""
+
+import dataclasses
+import math
+
+from keras_batchsize import noise
+from keras_batchsize import policies
+from keras_batchsize import scaling
+from keras_batchsize import throughput
+from keras_batchsize.measuring import MeasuringSchedule
+from keras_batchsize.measuring import Timings
+from keras_batchsize.plan import plan_for
+
+# Horizons of the noise scale, in superbatches. An epoch has about 16 to 32.
+_HORIZONS = (4, 16, 64)
+
+# After a change the size is held for so many superbatches and updates, in
+# which its speed is timed and the estimate gets used to the new weights.
+_DWELL_SUPERBATCHES = 2
+_DWELL_UPDATES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Time of some full-sized updates; zero updates if none was timed.
+
+    Attributes:
+        seconds: Wall time of all of them.
+        updates: How many updates, a float where an update is in progress.
+    """
+
+    seconds: float = 0.0
+    updates: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the train function reports about one superbatch.
+
+    Attributes:
+        examples: Examples in it.
+        updates: Optimizer updates finished in it.
+        norms: Tuple of `MicroBatchNorms`, one for each measured update.
+        plain: `Timing` of the updates that were not measured. Empty if the
+            call was the first of a trace.
+        measured: `Timing` of the measured ones, likewise.
+        seconds: Wall time of the superbatch, waiting for data included.
+        traced: Whether the time contains tracing or compiling.
+        loss: Mean loss of the epoch so far. None if there is none.
+        learning_rate: The rate in force at its end.
+    """
+
+    examples: int
+    updates: int
+    norms: tuple = ()
+    plain: Timing = Timing()
+    measured: Timing = Timing()
+    seconds: float = 0.0
+    traced: bool = False
+    loss: float | None = None
+    learning_rate: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A change of the batch size.
+
+    Attributes:
+        old_batch_size: Examples per update before.
+        new_batch_size: Examples per update from now on.
+        noise_scale: φ in examples, NaN if not resolved.
+        predicted_speedup: Predicted goodput ratio, NaN if not known.
+        reason: A few words.
+    """
+
+    old_batch_size: int
+    new_batch_size: int
+    noise_scale: float
+    predicted_speedup: float
+    reason: str
+
+
+class Controller:
+    """State and decisions of one training.
+
+    Args:
+        policy: A `BatchSizePolicy`.
+        ladder: The `Ladder` of sizes that may be used.
+        superbatch_size: Examples that Keras hands over at once.
+        measure_every: Integer, "auto", or None for never.
+        rule: Learning-rate rule, `factor(ratio, noise_scale) -> float`.
+        replicas: Number of replicas that share an update.
+    """
+
+    def __init__(
+        self,
+        policy,
+        ladder,
+        superbatch_size,
+        measure_every="auto",
+        rule=scaling.none,
+        replicas=1,
+    ):
+        self.policy = policy
+        self.ladder = ladder
+        self.superbatch_size = superbatch_size
+        self.rule = rule
+        self.replicas = replicas
+        self.rate_batch_size = ladder.base
+        self.batch_size = ladder.base
+        self.examples = 0
+        self.updates = 0
+        self.base_steps = 0
+        self.epoch = 0
+        self.timings = Timings()
+        self.measured_timings = Timings()
+        self.measuring = MeasuringSchedule(measure_every)
+        self._estimator = noise.NoiseScaleEstimator(
+            [superbatch_size * horizon for horizon in _HORIZONS]
+        )
+        self._known_noise_scale = math.nan
+        self._changed_at = (0, 0)
+        self._healthy = True
+        self._last = Measurement(0, 0)
+
+    # What holds now.
+
+    @property
+    def plan(self):
+        """The `BatchPlan` in force."""
+        return plan_for(
+            self.batch_size,
+            math.ceil(self.superbatch_size / self.replicas),
+            self.replicas,
+        )
+
+    @property
+    def measures(self):
+        """Whether gradient noise is measured at all."""
+        return self.measuring.every is not None
+
+    @property
+    def accumulates(self):
+        """Whether the bounds allow batches larger than a superbatch."""
+        return self.ladder.maximum > self.superbatch_size
+
+    @property
+    def noise_scale(self):
+        """The `NoiseScaleEstimate` of all measurements so far."""
+        return self._estimator.estimate()
+
+    @property
+    def skipped_measurements(self):
+        """Measurements that were not finite and left out."""
+        return self._estimator.skipped
+
+    @property
+    def learning_rate_factor(self):
+        """What the base learning rate is multiplied by, without warm-up."""
+        ratio = self.batch_size / self.rate_batch_size
+        return float(
+            self.rule(ratio, self._known_noise_scale / self.rate_batch_size)
+        )
+
+    @property
+    def step_time(self):
+        """The fitted `StepTime`, or None before the first timed update."""
+        sizes, seconds = self.timings.samples()
+        if not sizes:
+            return None
+        largest = self.superbatch_size
+        return throughput.fit_step_time(sizes, seconds, largest)
+
+    @property
+    def goodput(self):
+        """Useful examples per second at the present size; NaN if unknown."""
+        step_time, estimate = self.step_time, self.noise_scale
+        if step_time is None or not estimate.resolved:
+            return math.nan
+        return throughput.goodput(
+            self.batch_size, step_time, estimate.value, self.ladder.base
+        )
+
+    def updates_to_measure(self, updates, examples_ahead):
+        """Returns how many updates of the next superbatch to measure.
+
+        Args:
+            updates: Full-sized updates in it.
+            examples_ahead: Examples whose measuring budget may be spent in
+                advance: those left to train on, at most an epoch.
+
+        Returns:
+            Integer from 0 to `updates`.
+        """
+        plain = self.timings.median(self.batch_size)
+        per_example = (plain or 0.0) / self.batch_size
+        return self.measuring.updates_to_measure(
+            updates,
+            per_example * examples_ahead,
+            plain,
+            self.measured_timings.median(self.batch_size),
+        )
+
+    # What happens.
+
+    def observe(self, measurement):
+        """Takes in what one superbatch measured.
+
+        Args:
+            measurement: A `Measurement`.
+        """
+        size = self.batch_size
+        self.examples += measurement.examples
+        self.updates += measurement.updates
+        self.base_steps += math.ceil(measurement.examples / self.ladder.base)
+        self._estimator.add(measurement.norms, measurement.examples)
+        estimate = self._estimator.estimate()
+        if estimate.resolved:
+            self._known_noise_scale = estimate.value
+        for timings, timing in (
+            (self.timings, measurement.plain),
+            (self.measured_timings, measurement.measured),
+        ):
+            if timing.updates > 0:
+                timings.add(size, timing.seconds / timing.updates)
+        self._book(measurement)
+        self._healthy = (
+            measurement.loss is None or math.isfinite(measurement.loss)
+        ) and all(norms.is_finite for norms in measurement.norms)
+        self._last = measurement
+
+    def _book(self, measurement):
+        """Books what measuring cost; tracing is no cost of measuring."""
+        plain = self.timings.median(self.batch_size)
+        timing, taken = measurement.measured, len(measurement.norms)
+        if measurement.traced or plain is None:
+            self.measuring.spend(0.0, 0.0, taken)
+            return
+        extra = max(timing.seconds - timing.updates * plain, 0.0)
+        self.measuring.spend(measurement.seconds, extra, taken)
+
+    def observe_update(self, norms):
+        """Takes in an update made outside of a superbatch, at an epoch's end.
+
+        Args:
+            norms: Its `MicroBatchNorms`.
+        """
+        self.updates += 1
+        if norms.count >= 2:
+            self._estimator.add([norms], 0)
+
+    def on_epoch_end(self, epoch, logs):
+        """Tells the policy the metrics of an epoch.
+
+        Args:
+            epoch: Zero-based integer.
+            logs: Dict of floats.
+        """
+        self.epoch = epoch
+        self.policy.on_epoch_end(self._status(), logs)
+
+    def decide(self):
+        """Asks the policy and takes over the new size, if there is one.
+
+        To be called between updates, not while one is being accumulated.
+
+        Returns:
+            A `Decision`, or None if the size stays.
+        """
+        if not self._healthy or (self.policy.gradual and self._dwells()):
+            return None
+        estimate, status = self.noise_scale, self._status()
+        new = policies.next_batch_size(
+            self.policy, status, estimate, self.ladder
+        )
+        if new == self.batch_size:
+            return None
+        seen = policies.at_noise(status, estimate, estimate.value)
+        decision = Decision(
+            old_batch_size=self.batch_size,
+            new_batch_size=new,
+            noise_scale=estimate.value if estimate.resolved else math.nan,
+            predicted_speedup=self._predicted_speedup(new, estimate),
+            reason=self.policy.reason(seen),
+        )
+        self.batch_size = new
+        self._changed_at = (self.examples, self.updates)
+        return decision
+
+    def _dwells(self):
+        examples, updates = self._changed_at
+        return (
+            self.examples - examples
+            < _DWELL_SUPERBATCHES * self.superbatch_size
+            or self.updates - updates < _DWELL_UPDATES
+        )
+
+    def _status(self):
+        smaller, larger = self.ladder.neighbours(self.batch_size)
+        return policies.Status(
+            batch_size=self.batch_size,
+            base_batch_size=self.ladder.base,
+            smaller=smaller,
+            larger=larger,
+            step_time=self.step_time,
+            learning_rate=self._last.learning_rate,
+            loss=math.nan if self._last.loss is None else self._last.loss,
+            epoch=self.epoch,
+        )
+
+    def _predicted_speedup(self, new, estimate):
+        step_time = self.step_time
+        if step_time is None or not estimate.resolved:
+            return math.nan
+        return throughput.speedup(
+            self.batch_size, new, step_time, estimate.value
+        )
+
+    def observed_speedup(self, decision):
+        """Returns the speed-up of a change with the times of both sizes.
+
+        Args:
+            decision: A `Decision` or anything with its first three fields.
+
+        Returns:
+            Float; NaN while one of the sizes has not been timed.
+        """
+        old, new = decision.old_batch_size, decision.new_batch_size
+        old_seconds = self.timings.median(old)
+        new_seconds = self.timings.median(new)
+        if not old_seconds or not new_seconds:
+            return math.nan
+        ratio = (new / new_seconds) / (old / old_seconds)
+        return ratio * throughput.efficiency(new, decision.noise_scale, old)
+
+    def why_unchanged(self):
+        """Returns a few words on why the size is what it is."""
+        estimate = self.noise_scale
+        if self.policy.needs_noise and not estimate.resolved:
+            return "the noise scale was not resolved from zero"
+        if len(self.ladder.sizes) == 1:
+            return "the bounds leave one size only"
+        return "no other size was better"
+
+    # State.
+
+    def get_state(self):
+        """Returns everything that evolves, as plain JSON types."""
+        return {
+            "base_batch_size": self.ladder.base,
+            "superbatch_size": self.superbatch_size,
+            "batch_size": self.batch_size,
+            "examples": self.examples,
+            "updates": self.updates,
+            "base_steps": self.base_steps,
+            "epoch": self.epoch,
+            "changed_at": list(self._changed_at),
+            "known_noise_scale": (
+                None
+                if math.isnan(self._known_noise_scale)
+                else self._known_noise_scale
+            ),
+            "timings": self.timings.get_state(),
+            "measured_timings": self.measured_timings.get_state(),
+            "measuring": self.measuring.get_state(),
+            "noise": self._estimator.get_state(),
+            "policy": self.policy.get_state(),
+        }
+
+    def set_state(self, state):
+        """Takes over what `get_state` returned.
+
+        Args:
+            state: Dict of plain JSON types.
+
+        Raises:
+            ValueError: If it belongs to another base batch size.
+        """
+        if state["base_batch_size"] != self.ladder.base:
+            raise ValueError(
+                "A state can only be resumed with the base batch size it was "
+                "saved with: its clock counts in base batches. Received: "
+                f"batch_size={self.ladder.base}, saved with "
+                f"{state['base_batch_size']}. Use batch_size="
+                f"{state['base_batch_size']}."
+            )
+        self.batch_size = self.ladder.nearest(state["batch_size"])
+        for name in ("examples", "updates", "base_steps", "epoch"):
+            setattr(self, name, state[name])
+        self._changed_at = tuple(state["changed_at"])
+        known = state["known_noise_scale"]
+        self._known_noise_scale = math.nan if known is None else known
+        self.timings.set_state(state["timings"])
+        self.measured_timings.set_state(state["measured_timings"])
+        self.measuring.set_state(state["measuring"])
+        self._estimator.set_state(state["noise"])
+        self.policy.set_state(state["policy"])

@@ -1,0 +1,182 @@
+"""Whether the loss of a batch is the weighted mean of the losses of its parts.
+
+Measuring noise and accumulating gradients both cut a batch into micro-batches.
+That is exact only if the parts can be put together again. What is known about
+Keras's reductions is used where it suffices; the rest is found out by trying.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+from keras_batchsize import slicing
+
+# Losses of Keras that compare the examples of a batch with each other.
+_WHOLE_BATCH_LOSSES = ("Dice", "Tversky", "Circle")
+
+# Examples on which a loss is tried out.
+_TRIAL_EXAMPLES = 64
+
+
+def check_step(model):
+    """Raises if the model's own training step cannot be cut.
+
+    Args:
+        model: A compiled Keras model.
+
+    Raises:
+        ValueError: If `train_step` is overridden.
+    """
+    if type(model).train_step is not keras.Model.train_step:
+        raise ValueError(
+            "A model that overrides `train_step` cannot be measured: its "
+            "gradients are computed where they cannot be seen. Received: "
+            f"model of type {type(model).__name__}. Use a policy that needs "
+            'no gradients: policy="plateau", "fixed" or a '
+            "`BatchSizeSchedule`, with max_batch_size at most the superbatch "
+            "size. Or override `compute_loss` instead of `train_step`."
+        )
+
+
+def normaliser(model):
+    """Finds what the compiled losses are divided by.
+
+    Args:
+        model: A compiled Keras model.
+
+    Returns:
+        "examples" or "sample_weight".
+
+    Raises:
+        ValueError: If a reduction cannot be put together from parts.
+    """
+    losses = [
+        loss for loss in keras.tree.flatten(model.loss) if loss is not None
+    ]
+    reductions = set()
+    for loss in losses:
+        name = type(loss).__name__
+        if name in _WHOLE_BATCH_LOSSES and loss.axis is None:
+            _refuse(f"`{name}` compares all examples of a batch", name)
+        reductions.add(getattr(loss, "reduction", "sum_over_batch_size"))
+    if reductions & {"sum", "none", None}:
+        _refuse(
+            "a sum grows with the batch size, and the rate would have to "
+            "shrink with it",
+            f"reduction={sorted(map(str, reductions))}",
+            'Use reduction="sum_over_batch_size" and a learning rate '
+            "multiplied by the batch size.",
+        )
+    if "mean_with_sample_weight" not in reductions:
+        return "examples"
+    if len(losses) > 1:
+        _refuse(
+            "with several losses each would be divided by another sum of "
+            "weights",
+            "reduction='mean_with_sample_weight'",
+            'Use reduction="sum_over_batch_size".',
+        )
+    return "sample_weight"
+
+
+def _refuse(why, received, remedy="Use a loss that is a mean over examples."):
+    raise ValueError(
+        "A loss must be a mean over examples to be cut into micro-batches, "
+        f"which this policy needs: {why}. Received: {received}. {remedy} "
+        'Or use policy="fixed", which never cuts a batch.'
+    )
+
+
+def weight_of(kind, y_pred, sample_weight, examples):
+    """Returns what the loss of a micro-batch was divided by.
+
+    Args:
+        kind: What `normaliser` returned.
+        y_pred: Output of the model; a Keras mask on it counts.
+        sample_weight: Weights of the micro-batch, or None.
+        examples: Number of examples, a scalar tensor.
+
+    Returns:
+        Scalar float32 tensor.
+
+    Raises:
+        ValueError: If several outputs are masked differently.
+    """
+    outputs = keras.tree.flatten(y_pred)
+    masks = [keras_private.mask_of(output) for output in outputs]
+    mask = masks[0]
+    if len(outputs) > 1 and any(one is not None for one in masks):
+        _refuse(
+            "with several outputs and masks each loss is divided by another "
+            "number of time steps",
+            f"{len(outputs)} outputs with masks",
+            "Use `sample_weight` instead of a mask.",
+        )
+    if kind == "sample_weight" and sample_weight is not None:
+        weight = tf.cast(sample_weight, tf.float32)
+        if mask is not None:
+            weight *= tf.cast(mask, tf.float32)
+        return tf.reduce_sum(weight)
+    if mask is not None:
+        return tf.reduce_sum(tf.cast(mask, tf.float32))
+    return tf.cast(examples, tf.float32)
+
+
+def check_loss(model, kind, data):
+    """Tries out whether two halves of a batch give the loss of the whole.
+
+    Covers what no list can: losses and `compute_loss` written by users,
+    `add_loss`, masks made by a loss. The model runs in inference mode, and
+    whatever that changes is put back.
+
+    Args:
+        model: A compiled and built Keras model.
+        kind: What `normaliser` returned.
+        data: A batch as `train_step` receives it.
+
+    Raises:
+        ValueError: If the loss of the whole is not that of the halves.
+    """
+    size = min(int(slicing.count_examples(data)), _TRIAL_EXAMPLES)
+    half = size // 2
+    if half == 0:
+        return
+    others = [one for one in model.variables if not one.trainable]
+    held = [keras.ops.convert_to_numpy(one) for one in others]
+    try:
+        whole, again, first, second = (
+            _inference_loss(model, kind, slicing.examples(data, *part))
+            for part in ((0, size), (0, size), (0, half), (half, size - half))
+        )
+    finally:
+        for variable, value in zip(others, held):
+            variable.assign(value)
+        model.reset_metrics()
+    if whole[0] != again[0] or not np.isfinite(whole[0]):
+        return  # Random even in inference: nothing can be concluded.
+    weights = first[1] + second[1]
+    parts = (first[0] * first[1] + second[0] * second[1]) / max(weights, 1e-30)
+    if abs(parts - whole[0]) > _tolerance(model) * abs(whole[0]) + 1e-6:
+        _refuse(
+            f"on the first {size} examples the loss is {whole[0]:.6g}, but "
+            f"put together from two halves it is {parts:.6g}",
+            f"loss={model.loss!r}",
+        )
+
+
+def _inference_loss(model, kind, data):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred = model(x, training=False)
+    loss = keras_private.compute_loss(
+        model, x, y, y_pred, sample_weight, training=False
+    )
+    examples = slicing.count_examples(data)
+    weight = weight_of(kind, y_pred, sample_weight, examples)
+    return float(tf.reduce_sum(loss)), float(weight)
+
+
+def _tolerance(model):
+    """Square root of the resolution of the type that is computed in."""
+    digits = {"float16": 10, "bfloat16": 7, "float64": 52}
+    return 2.0 ** (-digits.get(model.dtype_policy.compute_dtype, 23) / 2)

@@ -1,0 +1,213 @@
+"""Gradients of micro-batches: summed, measured and applied.
+
+Gradients are means here. Whatever Keras does to them (the loss scale) is
+undone once, in this module, before anything is squared.
+"""
+
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import exactness
+from keras_batchsize import keras_private
+from keras_batchsize import learning_rate
+from keras_batchsize import slicing
+
+
+class Accumulated(NamedTuple):
+    """Sums over the micro-batches of an update that is being made.
+
+    With cᵢ what the loss Lᵢ of micro-batch i was divided by (its examples, or
+    the sum of its weights) and gᵢ its gradient:
+
+    Attributes:
+        gradients: List of Σ cᵢgᵢ, one dense float tensor per trainable
+            weight, still multiplied by the loss scale.
+        loss: Σ cᵢLᵢ, scalar float32.
+        sq_norm: Σ cᵢ‖gᵢ‖², scalar float64, loss scale removed.
+        weight: Σ cᵢ, scalar float32.
+        examples: Number of examples, scalar int32.
+        count: Number of micro-batches, scalar int32.
+    """
+
+    gradients: Any
+    loss: tf.Tensor
+    sq_norm: tf.Tensor
+    weight: tf.Tensor
+    examples: tf.Tensor
+    count: tf.Tensor
+
+
+class GradientAccumulator:
+    """Sums the gradients of micro-batches and applies them as one update.
+
+    One batch in one micro-batch is the training step of Keras; in several it
+    is the same step up to rounding, for every loss that `exactness` lets pass.
+
+    Args:
+        model: A compiled Keras model.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._kind = exactness.normaliser(model)
+        self._with_gradient = set()
+
+    @property
+    def normaliser(self):
+        """What the loss is divided by, see `exactness.normaliser`."""
+        return self._kind
+
+    def zeros(self):
+        """Returns the `Accumulated` of no micro-batch."""
+        return Accumulated(
+            gradients=[
+                tf.zeros(weight.shape, weight.dtype)
+                for weight in self._model.trainable_weights
+            ],
+            loss=tf.zeros((), tf.float32),
+            sq_norm=tf.zeros((), tf.float64),
+            weight=tf.zeros((), tf.float32),
+            examples=tf.zeros((), tf.int32),
+            count=tf.zeros((), tf.int32),
+        )
+
+    def add(self, total, data):
+        """Adds a micro-batch: forward, backward, metrics.
+
+        Args:
+            total: An `Accumulated`.
+            data: The micro-batch, as `train_step` receives a batch.
+
+        Returns:
+            The new `Accumulated`.
+        """
+        gradients, loss, weight, examples = self._backward(data)
+        scale = self._loss_scale()
+        return Accumulated(
+            gradients=self._summed(total.gradients, gradients, weight),
+            loss=total.loss + weight * loss,
+            sq_norm=total.sq_norm
+            + tf.cast(weight, tf.float64) * self._sq_norm(gradients, scale),
+            weight=total.weight + weight,
+            examples=total.examples + examples,
+            count=total.count + 1,
+        )
+
+    def _backward(self, data):
+        """Does what `Model.train_step` does before the update."""
+        model = self._model
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = keras_private.predict_for_training(model, x)
+            loss = keras_private.compute_loss(
+                model, x, y, y_pred, sample_weight
+            )
+            scaled = model.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, model.trainable_weights)
+        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        examples = slicing.count_examples(x)
+        weight = exactness.weight_of(
+            self._kind, y_pred, sample_weight, examples
+        )
+        dense = [
+            _dense(gradient, variable)
+            for gradient, variable in zip(gradients, model.trainable_weights)
+        ]
+        return dense, tf.cast(loss, tf.float32), weight, examples
+
+    def _summed(self, sums, gradients, weight):
+        result = []
+        for index, (total, gradient) in enumerate(zip(sums, gradients)):
+            variable = self._model.trainable_weights[index]
+            if gradient is None:
+                result.append(total)
+                continue
+            self._with_gradient.add(index)
+            if variable.overwrite_with_gradient:
+                # float8: not a gradient but the new value of a scale, of
+                # which Keras keeps the largest (base_optimizer.py).
+                result.append(tf.maximum(total, gradient))
+            else:
+                result.append(total + tf.cast(weight, total.dtype) * gradient)
+        return result
+
+    def _sq_norm(self, gradients, scale):
+        """Squared norm, summed in float32 per tensor and float64 over all."""
+        norms = [
+            tf.cast(
+                tf.reduce_sum(tf.square(tf.cast(one, tf.float32) / scale)),
+                tf.float64,
+            )
+            for one, variable in zip(gradients, self._model.trainable_weights)
+            if one is not None and not variable.overwrite_with_gradient
+        ]
+        return tf.add_n(norms) if norms else tf.zeros((), tf.float64)
+
+    def _loss_scale(self):
+        return tf.cast(
+            self._model.optimizer.scale_loss(tf.ones((), tf.float32)),
+            tf.float32,
+        )
+
+    def apply(self, total, rate):
+        """Makes the update: mean, norms, optimizer, loss metric.
+
+        Norms are taken before the optimizer clips. A gradient that is not
+        finite goes to the optimizer as it is: `LossScaleOptimizer` skips it,
+        any other treats it as plain `fit` would.
+
+        Args:
+            total: An `Accumulated` of at least one micro-batch.
+            rate: A `RateInForce`.
+
+        Returns:
+            float64 tensor of shape (4,): the fields of `MicroBatchNorms`.
+        """
+        model = self._model
+        scale = self._loss_scale()
+        mean = self._mean(total)
+        norms = self._norms(total, mean, scale)
+        keras_private.track_loss(
+            model,
+            tf.math.divide_no_nan(total.loss, total.weight),
+            total.examples,
+        )
+        with learning_rate.applied(model.optimizer, rate):
+            model.optimizer.apply_gradients(
+                list(zip(mean, model.trainable_weights))
+            )
+        return norms
+
+    def _mean(self, total):
+        """Mean gradients; None where no micro-batch had one."""
+        means = [None] * len(total.gradients)
+        for index in self._with_gradient:
+            means[index] = total.gradients[index]
+            variable = self._model.trainable_weights[index]
+            if not variable.overwrite_with_gradient:
+                weight = tf.cast(total.weight, means[index].dtype)
+                means[index] = tf.math.divide_no_nan(means[index], weight)
+        return means
+
+    def _norms(self, total, mean, scale):
+        weight = tf.cast(total.weight, tf.float64)
+        return tf.stack(
+            [
+                tf.math.divide_no_nan(total.sq_norm, weight),
+                self._sq_norm(mean, scale),
+                tf.cast(total.examples, tf.float64),
+                tf.cast(total.count, tf.float64),
+            ]
+        )
+
+
+def _dense(gradient, variable):
+    """Sums the duplicate rows of an embedding's sparse gradient."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.math.unsorted_segment_sum(
+        gradient.values, gradient.indices, variable.shape[0]
+    )

@@ -1,0 +1,91 @@
+"""Every private name of Keras that this library uses, each in one place.
+
+There is no public way to do what is done here. `tests/test_keras_private.py`
+pins each name, so that a Keras release that changes one is noticed by a test
+that says which, not by a user.
+"""
+
+import contextlib
+
+from keras.src.trainers.data_adapters import array_slicing
+from keras.src.trainers.data_adapters import data_adapter
+from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.utils import io_utils
+
+print_message = io_utils.print_msg
+DataAdapter = data_adapter.DataAdapter
+data_adapter_for = get_data_adapter
+train_validation_split = array_slicing.train_validation_split
+
+
+def predict_for_training(model, x):
+    """Calls the model as `Model.train_step` does."""
+    if model._call_has_training_arg:
+        return model(x, training=True)
+    return model(x)
+
+
+def compute_loss(model, x, y, y_pred, sample_weight, training=True):
+    """Computes the loss as `Model.train_step` does.
+
+    Unlike the public `compute_loss` it serves overrides with and without a
+    `training` argument.
+    """
+    return model._compute_loss(
+        x=x,
+        y=y,
+        y_pred=y_pred,
+        sample_weight=sample_weight,
+        training=training,
+    )
+
+
+def track_loss(model, loss, examples):
+    """Adds to the metric "loss", which `Model.metrics` may leave out."""
+    model._loss_tracker.update_state(loss, sample_weight=examples)
+
+
+def mask_of(y_pred):
+    """Returns the Keras mask that a tensor carries, or None."""
+    return getattr(y_pred, "_keras_mask", None)
+
+
+@contextlib.contextmanager
+def learning_rate_replaced(optimizer, replace, weight_decay_factor):
+    """Lets an optimizer see another rate and weight decay, while in scope.
+
+    Only what the optimizer object refers to is exchanged, no value of any
+    variable, so even an exception leaves nothing behind. Attributes are set
+    past `Optimizer.__setattr__`, which would track the replacements.
+
+    Args:
+        optimizer: A Keras optimizer without optimizers inside.
+        replace: Function from the held rate (a variable, a schedule or a
+            callable) to the tensor to use instead.
+        weight_decay_factor: Tensor that decoupled weight decay is multiplied
+            by.
+
+    Yields:
+        None.
+    """
+    held, decay = optimizer._learning_rate, optimizer.weight_decay
+    rate = replace(held)
+    object.__setattr__(optimizer, "_learning_rate", lambda: rate)
+    if decay is not None:
+        scaled = decay * weight_decay_factor
+        object.__setattr__(optimizer, "weight_decay", scaled)
+    try:
+        yield
+    finally:
+        object.__setattr__(optimizer, "_learning_rate", held)
+        object.__setattr__(optimizer, "weight_decay", decay)
+
+
+def held_learning_rate(optimizer):
+    """Returns what an optimizer holds: a variable, schedule or callable."""
+    return optimizer._learning_rate
+
+
+def velocities(optimizer):
+    """Returns the momentum slots of an RMSprop."""
+    return optimizer._momentums

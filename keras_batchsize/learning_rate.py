@@ -1,0 +1,192 @@
+"""Applies the learning-rate factor and the examples clock to any optimizer.
+
+The user's rate stays the base rate: `optimizer.learning_rate`, as callbacks
+and user code see it, is never changed. While an update is traced (or run
+eagerly) the optimizer is shown `base rate x factor` in its place.
+
+A quirk of another optimizer belongs into `slots_holding_the_rate`.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+
+
+class RateInForce(NamedTuple):
+    """What one call of the train function needs to know about the rate.
+
+    Attributes:
+        factor: Multiplies the base rate; scalar float32 tensor.
+        weight_decay_factor: Multiplies decoupled weight decay; likewise.
+        base_step: Number of base batches seen so far, which is the step that
+            a `LearningRateSchedule` is asked for; scalar int64 tensor.
+    """
+
+    factor: tf.Tensor
+    weight_decay_factor: tf.Tensor
+    base_step: tf.Tensor
+
+
+def rate_in_force(factor, ratio, base_step):
+    """Returns the `RateInForce` for a factor.
+
+    Keras applies decoupled weight decay as `w -= w·rate·decay`, once per
+    update, so that what is left of a weight after B examples is
+    1 - rate·decay. With a rate of `factor` and updates of `ratio` times as
+    many examples, decay per example is kept if decay is multiplied by
+    ratio/factor: 1 under the linear rule, √ratio under the square-root rule
+    (Wang & Aitchison 2024, arXiv:2405.13698, Sec. 2, in these symbols).
+
+    Args:
+        factor: What the rate is multiplied by.
+        ratio: B/B₀ if the rate follows the batch size, else `factor`.
+        base_step: Number of base batches seen so far.
+
+    Returns:
+        A `RateInForce`.
+    """
+    return RateInForce(
+        factor=tf.constant(factor, tf.float32),
+        weight_decay_factor=tf.constant(ratio / factor, tf.float32),
+        base_step=tf.constant(base_step, tf.int64),
+    )
+
+
+def optimizers_inside(optimizer):
+    """Returns the optimizers that hold a learning rate of their own.
+
+    Args:
+        optimizer: Any Keras optimizer, also `LossScaleOptimizer` and
+            `MultiOptimizer`, which hold others.
+
+    Returns:
+        List of optimizers.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizers_inside(optimizer.inner_optimizer)
+    inner = getattr(optimizer, "optimizers", None)
+    if inner is None:
+        return [optimizer]
+    return [leaf for one in inner for leaf in optimizers_inside(one)]
+
+
+def rule_for(optimizer):
+    """Returns what "auto" stands for: "linear" for SGD, else "sqrt".
+
+    Adaptive optimizers divide by the size of the gradient noise, of which the
+    square root remains (see `scaling.sqrt`). An optimizer that is not known
+    gets the more careful of the two rules.
+
+    Args:
+        optimizer: Any Keras optimizer.
+
+    Returns:
+        Name of a rule.
+    """
+    inside = optimizers_inside(optimizer)
+    if all(isinstance(one, keras.optimizers.SGD) for one in inside):
+        return "linear"
+    return "sqrt"
+
+
+def base_rate(held, base_step):
+    """Evaluates what an optimizer holds as its learning rate.
+
+    Args:
+        held: A variable, a `LearningRateSchedule` or a callable.
+        base_step: Step that a schedule is asked for.
+
+    Returns:
+        Scalar tensor.
+    """
+    if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
+        return held(base_step)
+    if isinstance(held, keras.Variable):
+        return held.value
+    return held() if callable(held) else held
+
+
+@contextlib.contextmanager
+def applied(optimizer, rate):
+    """Shows an optimizer the rate in force while an update is traced.
+
+    Args:
+        optimizer: Any Keras optimizer, or None.
+        rate: A `RateInForce`.
+
+    Yields:
+        None.
+    """
+
+    def replacement(held):
+        base = base_rate(held, rate.base_step)
+        return tf.cast(base, rate.factor.dtype) * rate.factor
+
+    with contextlib.ExitStack() as stack:
+        for one in optimizers_inside(optimizer) if optimizer else ():
+            stack.enter_context(
+                keras_private.learning_rate_replaced(
+                    one, replacement, rate.weight_decay_factor
+                )
+            )
+        yield
+
+
+def effective_rate(optimizer, rate):
+    """Returns the rate of the (first) optimizer, factor included.
+
+    Args:
+        optimizer: Any Keras optimizer, or None.
+        rate: A `RateInForce`.
+
+    Returns:
+        Scalar float32 tensor; NaN without an optimizer.
+    """
+    if optimizer is None:
+        return tf.constant(float("nan"))
+    held = keras_private.held_learning_rate(optimizers_inside(optimizer)[0])
+    base = base_rate(held, rate.base_step)
+    return tf.cast(base, tf.float32) * rate.factor
+
+
+def slots_holding_the_rate(optimizer):
+    """Returns the momentum slots that contain the learning rate.
+
+    Keras SGD keeps v = momentum·v - rate·g (sgd.py), RMSprop likewise
+    (rmsprop.py). Adam and its relatives average gradients only.
+
+    Args:
+        optimizer: A Keras optimizer without optimizers inside.
+
+    Returns:
+        List of variables.
+    """
+    if not optimizer.built:
+        return []
+    if isinstance(optimizer, keras.optimizers.SGD):
+        slots = optimizer.momentums
+    elif isinstance(optimizer, keras.optimizers.RMSprop):
+        slots = keras_private.velocities(optimizer)
+    else:
+        slots = []
+    return [slot for slot in slots if slot is not None]
+
+
+def correct_momentum(optimizer, ratio):
+    """Rescales momentum after the factor was multiplied by `ratio`.
+
+    Without it the old rate lives on in the velocity, and the change takes
+    effect only after 1/(1 - momentum) updates (Goyal et al. 2017, Sec. 3,
+    "momentum correction").
+
+    Args:
+        optimizer: Any Keras optimizer.
+        ratio: New factor divided by old factor.
+    """
+    for one in optimizers_inside(optimizer):
+        for slot in slots_holding_the_rate(one):
+            slot.assign(slot * tf.cast(ratio, slot.dtype))

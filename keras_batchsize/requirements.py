@@ -1,0 +1,68 @@
+"""What a model must be to be trained here, checked before anything happens."""
+
+import keras
+
+from keras_batchsize import learning_rate
+
+
+def check_model(model):
+    """Raises if a model cannot be trained with a varying batch size.
+
+    Args:
+        model: What the user passed as the model.
+
+    Raises:
+        TypeError: If it is not a Keras model.
+        ValueError: If it is not compiled, or compiled in a way that cannot be
+            trained here.
+    """
+    if keras.config.backend() != "tensorflow":
+        raise ValueError(
+            "Keras must run on TensorFlow: updates are cut inside a "
+            "`tf.function`. Received: "
+            f"keras.config.backend()={keras.config.backend()!r}. Set the "
+            "environment variable KERAS_BACKEND=tensorflow before importing "
+            "keras."
+        )
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a `keras.Model`: its training step is used. "
+            f"Received: model={model!r} of type {type(model).__name__}. Pass "
+            "a `keras.Sequential`, functional or subclassed model."
+        )
+    if not model.compiled:
+        raise ValueError(
+            "`model` must be compiled: the optimizer and the loss decide what "
+            f"an update is. Received: model={model.name!r}, not compiled. "
+            'Call model.compile(optimizer="adam", loss=...) first.'
+        )
+    _check_optimizer(model.optimizer)
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1:
+        raise ValueError(
+            "The model must live on one device: training on several replicas "
+            "is not supported yet. Received: "
+            f"{type(model.distribute_strategy).__name__} with {replicas} "
+            "replicas. Make and compile the model outside of the strategy's "
+            "scope."
+        )
+
+
+def _check_optimizer(optimizer):
+    if optimizer is None:
+        raise ValueError(
+            "`model` must be compiled with an optimizer: it makes the "
+            "updates. Received: optimizer=None. Compile with "
+            'optimizer="adam".'
+        )
+    for one in learning_rate.optimizers_inside(optimizer):
+        steps = one.gradient_accumulation_steps
+        if steps:
+            raise ValueError(
+                "`gradient_accumulation_steps` must not be set on the "
+                "optimizer: it delays updates behind the back of whoever "
+                "decides the batch size, and gives a ragged micro-batch full "
+                f"weight. Received: gradient_accumulation_steps={steps}. "
+                "Remove it and pass batch_size multiplied by it instead; "
+                "gradients are accumulated here where memory asks for it."
+            )

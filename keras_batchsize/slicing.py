@@ -1,0 +1,85 @@
+"""Cutting nested batches of examples along their first axis."""
+
+import keras
+import tensorflow as tf
+
+
+def without_optionals(data):
+    """Replaces the `Optional`s by which generators pass None."""
+    return keras.tree.map_structure(
+        lambda leaf: (
+            None if isinstance(leaf, tf.experimental.Optional) else leaf
+        ),
+        data,
+    )
+
+
+def count_examples(data):
+    """Returns the number of examples as a tensor.
+
+    Args:
+        data: Nested structure of tensors with a common first axis.
+
+    Returns:
+        Scalar int32 tensor; as Keras, read off the first leaf.
+    """
+    leaf = next(
+        leaf for leaf in keras.tree.flatten(data) if leaf is not None
+    )
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.cast(leaf.nrows(), tf.int32)
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.cast(leaf.dense_shape[0], tf.int32)
+    return tf.shape(leaf)[0]
+
+
+def examples(data, start, size):
+    """Returns `size` examples from `start` on.
+
+    Args:
+        data: Nested structure of dense, ragged or sparse tensors.
+        start: Integer or scalar int32 tensor.
+        size: Likewise. A Python integer gives a static shape, as XLA needs.
+
+    Returns:
+        The same structure with `size` examples.
+    """
+
+    def cut(leaf):
+        if leaf is None:
+            return None
+        if isinstance(leaf, tf.RaggedTensor):
+            return leaf[start : start + size]
+        rank = len(leaf.shape)
+        begin = [start] + [0] * (rank - 1)
+        if isinstance(leaf, tf.SparseTensor):
+            shape = leaf.dense_shape
+            ends = tf.concat([[tf.cast(size, shape.dtype)], shape[1:]], 0)
+            begin = tf.cast(tf.stack(begin), shape.dtype)
+            return tf.sparse.slice(leaf, begin, ends)
+        return tf.slice(leaf, begin, [size] + [-1] * (rank - 1))
+
+    return keras.tree.map_structure(cut, data)
+
+
+def padded(data, size):
+    """Repeats the first examples until there are `size`.
+
+    The copies only give XLA one shape for all superbatches; nothing trains
+    on them.
+
+    Args:
+        data: Nested structure of dense tensors with at most `size` examples.
+        size: Integer.
+
+    Returns:
+        The same structure with `size` examples.
+    """
+
+    def pad(leaf):
+        if leaf is None:
+            return None
+        rows = tf.range(size) % tf.shape(leaf)[0]
+        return tf.gather(leaf, rows)
+
+    return keras.tree.map_structure(pad, data)

@@ -1,0 +1,334 @@
+"""Any input that Keras takes, handed over in superbatches.
+
+Keras counts the steps of an epoch once, when `fit` starts, so a pipeline whose
+batch size varies loses data silently. What Keras sees here never varies: one
+step is one superbatch. Arrays are batched that way at once; whatever comes in
+batches of its own is cut anew by `Dataset.rebatch`.
+
+Keras's own adapters read the input, so that every kind they know works, with
+its shuffling, its weights and its errors. Another input kind is a matter of
+`_own_batch_size`, at most.
+"""
+
+import itertools
+import math
+import types
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import _checks
+from keras_batchsize import keras_private
+from keras_batchsize import slicing
+from keras_batchsize.plan import largest_on_ladder
+
+# An epoch should have so many superbatches, to change the size within it, ...
+_SUPERBATCHES_PER_EPOCH = 16
+# ... but a superbatch so many batches, or the way through Python takes over, ...
+_BATCHES_PER_SUPERBATCH = 16
+# ... with at least so many per epoch, or reading them does not run beside
+# training on them.
+_FEWEST_PER_EPOCH = 8
+# Batches per superbatch where the length of the data is not known.
+_BATCHES_OF_UNKNOWN = 64
+# Keras's default for arrays.
+_DEFAULT_BATCH_SIZE = 32
+
+
+class Superbatches(keras_private.DataAdapter):
+    """A Keras data adapter whose batches are superbatches.
+
+    Args:
+        adapter: Keras's adapter of the input.
+        sizes: Sizes of the superbatches of an epoch, in examples; they repeat.
+            None if the adapter's batches are superbatches already.
+        bounds: Pair (at least, at most) of the examples in one pass over the
+            data, or None if it is not known.
+
+    Attributes:
+        base_batch_size: B₀, in examples.
+        superbatch_size: Examples in a superbatch.
+        steps_per_epoch: What to pass to Keras as `steps_per_epoch`.
+    """
+
+    def __init__(self, adapter, sizes, bounds):
+        self.base_batch_size = None
+        self.superbatch_size = None
+        self.steps_per_epoch = None
+        self._adapter = adapter
+        self._sizes = sizes
+        self._bounds = bounds
+
+    def get_tf_dataset(self):
+        """Returns the superbatches as a `tf.data.Dataset`."""
+        dataset = self._adapter.get_tf_dataset()
+        if self._sizes is None:
+            return dataset
+        if _has_optionals(dataset):
+            dataset = dataset.map(_without_nones)
+        return dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
+
+    @property
+    def num_batches(self):
+        """Superbatches in one pass over the data, or None if not known."""
+        if self._bounds is None:
+            return None
+        if self._sizes is None:
+            return self._adapter.num_batches
+        least, most = (self._superbatches_of(count) for count in self._bounds)
+        return most if least == most else None
+
+    def _superbatches_of(self, examples):
+        rounds, rest = divmod(examples, sum(self._sizes))
+        count, sizes = rounds * len(self._sizes), iter(self._sizes)
+        while rest > 0:
+            rest -= next(sizes)
+            count += 1
+        return count
+
+    @property
+    def examples_per_epoch(self):
+        """Examples in an epoch (at most, by a batch), or None."""
+        if self._sizes is not None and len(self._sizes) > 1:
+            return sum(self._sizes)
+        return None if self._bounds is None else self._bounds[1]
+
+    @property
+    def batch_size(self):
+        """Examples in a superbatch."""
+        return self.superbatch_size
+
+    def on_epoch_begin(self):
+        """Passes the start of an epoch on."""
+        self._adapter.on_epoch_begin()
+
+    def on_epoch_end(self):
+        """Passes the end of an epoch on."""
+        self._adapter.on_epoch_end()
+
+
+def make_superbatches(
+    model,
+    x,
+    y=None,
+    sample_weight=None,
+    batch_size=None,
+    superbatch_size=None,
+    steps_per_epoch=None,
+    shuffle=True,
+    class_weight=None,
+):
+    """Turns the input of `fit` into superbatches.
+
+    Args:
+        model: The Keras model, whose inputs tell whether a dataset is batched.
+        x: As in `Model.fit`.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+        batch_size: B₀. None for the input's own batch size, or 32.
+        superbatch_size: Examples per superbatch, B₀·2ᵏ. None to choose.
+        steps_per_epoch: Base batches per epoch, as in `Model.fit`.
+        shuffle: As in `Model.fit`.
+        class_weight: As in `Model.fit`.
+
+    Returns:
+        A `Superbatches`.
+
+    Raises:
+        ValueError: If there are fewer than 2 examples, or if the superbatch
+            does not fit the base batch size.
+    """
+    x, batched = _batched(x, model, batch_size)
+    own = None if batched is None else batched
+    base = _base_batch_size(batch_size, own, steps_per_epoch, x)
+    is_arrays = _is_arrays(x)
+    bounds = (_count(x), _count(x)) if is_arrays else None
+    if not is_arrays:
+        adapter = keras_private.data_adapter_for(
+            x,
+            y,
+            sample_weight,
+            shuffle=shuffle and isinstance(x, keras.utils.PyDataset),
+            class_weight=class_weight,
+        )
+        bounds = _bounds(adapter.num_batches, own)
+    _check_enough(bounds, x)
+    epoch = bounds and bounds[1]
+    if steps_per_epoch is not None:
+        epoch = steps_per_epoch * base
+    size = _superbatch_size(superbatch_size, base, epoch)
+    if is_arrays:
+        adapter = keras_private.data_adapter_for(
+            x,
+            y,
+            sample_weight,
+            # "batch" shuffles within batches, so these must be the base ones.
+            batch_size=base if shuffle == "batch" else size,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+    sizes = _sizes(size, epoch if steps_per_epoch is not None else None)
+    if is_arrays and steps_per_epoch is None and shuffle != "batch":
+        sizes = None
+    result = Superbatches(adapter, sizes, bounds)
+    result.base_batch_size, result.superbatch_size = base, size
+    if steps_per_epoch is not None:
+        result.steps_per_epoch = len(sizes)
+    elif is_arrays or isinstance(x, tf.data.Dataset):
+        # Without it Keras makes two iterators per epoch and throws one away,
+        # with the superbatch that it has begun to read (epoch_iterator.py).
+        result.steps_per_epoch = result.num_batches
+    return result
+
+
+def _batched(x, model, batch_size):
+    """Returns x in batches, and how many examples they have (None: arrays)."""
+    if _is_arrays(x):
+        return x, None
+    if isinstance(x, tf.data.Dataset):
+        if not _is_batched(x, model):
+            return x.batch(batch_size or _DEFAULT_BATCH_SIZE), (
+                batch_size or _DEFAULT_BATCH_SIZE
+            )
+        size = keras.tree.flatten(x.element_spec)[0].shape[0]
+        if size is None:
+            for first in x.take(1):
+                size = int(slicing.count_examples(first))
+        return x, size
+    if isinstance(x, keras.utils.PyDataset):
+        return x, _count(x[0])
+    if isinstance(x, types.GeneratorType):
+        first = next(x, None)
+        if first is None:
+            return x, None
+        return _chained(first, x), _count(first)
+    return x, getattr(x, "batch_size", None)
+
+
+def _chained(first, rest):
+    """A generator again, as Keras insists, that starts with `first`."""
+    yield from itertools.chain([first], rest)
+
+
+def _is_arrays(x):
+    return not (
+        isinstance(
+            x,
+            (tf.data.Dataset, keras.utils.PyDataset, types.GeneratorType),
+        )
+    ) and all(
+        getattr(leaf, "shape", None) is not None
+        for leaf in keras.tree.flatten(x)
+        if leaf is not None
+    )
+
+
+def _count(data):
+    leaf = next(
+        leaf for leaf in keras.tree.flatten(data) if leaf is not None
+    )
+    return int(leaf.shape[0])
+
+
+def _is_batched(dataset, model):
+    """Whether the elements of a dataset are batches, by their shapes."""
+    leaves = [
+        spec.shape
+        for spec in keras.tree.flatten(dataset.element_spec)
+        if getattr(spec, "shape", None) is not None
+    ]
+    if any(shape.rank == 0 for shape in leaves):
+        return False
+    sizes = {shape[0] for shape in leaves if shape.rank} - {None}
+    if len(sizes) > 1:
+        return False
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    if not inputs or leaves[0].rank is None:
+        return True
+    return leaves[0].rank != len(inputs[0].shape) - 1
+
+
+def _base_batch_size(batch_size, own, steps_per_epoch, x):
+    if batch_size is not None:
+        return _checks.positive_int(
+            "batch_size",
+            batch_size,
+            "it is the number of examples the learning rate was meant for",
+            "Use batch_size=32.",
+        )
+    if own is not None:
+        return own
+    if steps_per_epoch is not None and _is_arrays(x):
+        return math.ceil(_count(x) / steps_per_epoch)  # As Keras does.
+    return _DEFAULT_BATCH_SIZE
+
+
+def _bounds(batches, batch_size):
+    """Returns the least and most examples that so many batches may hold."""
+    if batches is None or batch_size is None:
+        return None
+    return max(batches - 1, 0) * batch_size + min(batches, 1), (
+        batches * batch_size
+    )
+
+
+def _check_enough(bounds, x):
+    if bounds is not None and bounds[1] < 2:
+        raise ValueError(
+            "The data must hold at least 2 examples: gradient noise is how "
+            f"examples differ. Received: x of type {type(x).__name__} with "
+            f"{bounds[1]} examples. Pass more data."
+        )
+
+
+def _superbatch_size(given, base, epoch):
+    if given is not None:
+        return _checked_superbatch_size(given, base)
+    if epoch is None:
+        return base * _BATCHES_OF_UNKNOWN
+    limit = max(
+        epoch / _SUPERBATCHES_PER_EPOCH,
+        min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
+    )
+    return largest_on_ladder(base, limit)
+
+
+def _checked_superbatch_size(given, base):
+    given = _checks.positive_int(
+        "superbatch_size",
+        given,
+        "it counts the examples of a Keras step",
+        f"Use superbatch_size={base * _BATCHES_PER_SUPERBATCH}.",
+    )
+    if given != largest_on_ladder(base, given):
+        raise ValueError(
+            "`superbatch_size` must be the base batch size times a power of "
+            "two, so that every size divides it. Received: "
+            f"superbatch_size={given}, batch_size={base}. Use "
+            f"superbatch_size={largest_on_ladder(base, given)}."
+        )
+    return given
+
+
+def _sizes(size, epoch):
+    """Sizes of the superbatches of an epoch, the last one smaller."""
+    if epoch is None:
+        return [size]
+    whole, rest = divmod(epoch, size)
+    return [size] * whole + [rest] * (rest > 0)
+
+
+def _has_optionals(dataset):
+    return any(
+        isinstance(spec, tf.OptionalSpec)
+        for spec in keras.tree.flatten(dataset.element_spec)
+    )
+
+
+def _without_nones(*data):
+    """Drops the `Optional`s by which Keras's adapters pass None."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+        slicing.without_optionals(data)
+    )
+    packed = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+    return packed

@@ -1,0 +1,184 @@
+"""How long an update takes, and which batch size trains fastest.
+
+The time of an update of B examples is modelled as T(B) = a + c·B seconds: a
+fixed cost (launching kernels, the optimizer, communication) and a cost per
+example. Together with the noise scale φ this decides everything: progress per
+example falls as 1/(φ + B), examples per second rise as B/(a + c·B).
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The time of an update of B examples, T(B) = fixed + per_example·B.
+
+    A batch that is accumulated from micro-batches pays the fixed cost for
+    each of them. Only the optimizer's share of it is paid once, but that share
+    cannot be told apart, so accumulation is never credited with a gain.
+
+    Attributes:
+        fixed: Seconds per update that do not depend on the batch size.
+        per_example: Seconds per example.
+        largest: Largest batch size that is computed in one piece.
+    """
+
+    fixed: float
+    per_example: float
+    largest: float = math.inf
+
+    def __call__(self, batch_size):
+        """Returns the seconds that an update of `batch_size` examples takes."""
+        pieces = max(batch_size / self.largest, 1.0)
+        return self.fixed * pieces + self.per_example * batch_size
+
+
+def fit_step_time(batch_sizes, seconds, largest=math.inf):
+    """Fits T(B) = a·max(1, B/largest) + c·B to timed updates.
+
+    Each size is represented by its median, so a hiccup of the machine moves
+    nothing; the line through the medians minimises the *relative* error
+    (a size of 16 must count as much as one of 4096, whose seconds are a
+    hundred times as many), with both coefficients kept non-negative.
+
+    With one size only, a and c cannot be told apart. Then half of the time is
+    taken as fixed, as Pollux does (Qiao et al. 2021, OSDI, Sec. 4.1): the
+    optimism leads to trying a second size, after which both are known.
+
+    Args:
+        batch_sizes: Sequence of batch sizes, in examples. Sizes may repeat.
+        seconds: Sequence of seconds per update, of the same length.
+        largest: Largest batch size that is computed in one piece.
+
+    Returns:
+        A `StepTime`.
+
+    Raises:
+        ValueError: If the sequences are empty or differ in length.
+    """
+    sizes = np.asarray(batch_sizes, dtype=float)
+    times = np.asarray(seconds, dtype=float)
+    if sizes.size == 0 or sizes.shape != times.shape:
+        raise ValueError(
+            "`batch_sizes` and `seconds` must be sequences of the same, "
+            "positive length: each size needs its time. Received: "
+            f"len(batch_sizes)={sizes.size}, len(seconds)={times.size}. "
+            "Pass one time for each size."
+        )
+    distinct = np.unique(sizes)
+    medians = np.array([np.median(times[sizes == one]) for one in distinct])
+    pieces = np.maximum(distinct / largest, 1.0)
+    if distinct.size == 1 or distinct[1] / pieces[1] == distinct[0]:
+        half = medians[0] / 2.0
+        return StepTime(
+            float(half / pieces[0]), float(half / distinct[0]), largest
+        )
+    # Relative residuals: each row of the system is divided by its time.
+    system = np.stack([pieces / medians, distinct / medians], axis=1)
+    target = np.ones_like(medians)
+    fixed, per_example = np.linalg.lstsq(system, target, rcond=None)[0]
+    if fixed < 0.0:
+        fixed, per_example = 0.0, _least_squares(system[:, 1])
+    elif per_example < 0.0:
+        fixed, per_example = _least_squares(system[:, 0]), 0.0
+    return StepTime(float(fixed), float(per_example), largest)
+
+
+def _least_squares(column):
+    """Coefficient k that brings k·column closest to ones."""
+    return column.sum() / np.square(column).sum()
+
+
+def efficiency(batch_size, noise_scale, base_batch_size):
+    """Progress per example, relative to training at the base batch size.
+
+    (φ + B₀)/(φ + B), Qiao et al. 2021 (Pollux, OSDI), eq. 7, in the units of
+    McCandlish et al. 2018, eq. 2.11. 1 at the base batch size, and falling
+    towards φ/B once the batch is larger than the noise scale.
+
+    Args:
+        batch_size: Examples per update.
+        noise_scale: φ in examples; infinite is allowed and gives 1.
+        base_batch_size: Examples per update of the comparison.
+
+    Returns:
+        Float.
+    """
+    if math.isinf(noise_scale):
+        return 1.0
+    return (noise_scale + base_batch_size) / (noise_scale + batch_size)
+
+
+def goodput(batch_size, step_time, noise_scale, base_batch_size):
+    """Useful examples per second: throughput times statistical efficiency.
+
+    Qiao et al. 2021 (Pollux, OSDI), eq. 1.
+
+    Args:
+        batch_size: Examples per update.
+        step_time: A `StepTime`.
+        noise_scale: φ in examples.
+        base_batch_size: Batch size whose examples count as fully useful.
+
+    Returns:
+        Examples of the base batch size that one second of training is worth.
+    """
+    per_second = batch_size / step_time(batch_size)
+    return per_second * efficiency(batch_size, noise_scale, base_batch_size)
+
+
+def speedup(old_batch_size, new_batch_size, step_time, noise_scale):
+    """Factor by which training gets faster when the batch size changes.
+
+    Args:
+        old_batch_size: Examples per update now.
+        new_batch_size: Examples per update after the change.
+        step_time: A `StepTime`.
+        noise_scale: φ in examples.
+
+    Returns:
+        goodput(new)/goodput(old); 1.05 means 5 % faster to the same loss.
+    """
+    base = old_batch_size
+    return goodput(new_batch_size, step_time, noise_scale, base) / goodput(
+        old_batch_size, step_time, noise_scale, base
+    )
+
+
+def time_optimal_batch_size(step_time, noise_scale):
+    """The batch size with the largest goodput, √(φ·a/c).
+
+    Setting the derivative of B/((a + c·B)(φ + B)) to zero gives B² = φ·a/c:
+    the geometric mean of the noise scale and of the "overhead batch" a/c, at
+    which fixed and variable cost are equal. It is the form of McCandlish et
+    al. 2018, App. D, with a measured number in the place of a trade-off knob.
+
+    Args:
+        step_time: A `StepTime`.
+        noise_scale: φ in examples.
+
+    Returns:
+        Float, in examples; infinite if an example costs nothing.
+    """
+    if step_time.per_example == 0.0:
+        return math.inf
+    return math.sqrt(noise_scale * step_time.fixed / step_time.per_example)
+
+
+def saturation_batch_size(step_time, fraction=0.95):
+    """The smallest batch size with `fraction` of the largest throughput.
+
+    Args:
+        step_time: A `StepTime`.
+        fraction: Float in (0, 1).
+
+    Returns:
+        Float, in examples; infinite if an example costs nothing.
+    """
+    if step_time.per_example == 0.0:
+        return math.inf
+    overhead = step_time.fixed / step_time.per_example
+    return overhead * fraction / (1.0 - fraction)

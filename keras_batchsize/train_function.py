@@ -1,0 +1,398 @@
+"""The function that takes the place of `model.train_function`.
+
+Keras's `fit` calls it once per step with its iterator. It takes one
+superbatch, has it cut into updates by `update_graphs`, and tells the
+controller what was measured. The graph sums, the host decides.
+"""
+
+import math
+import time
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_batchsize import exactness
+from keras_batchsize import learning_rate
+from keras_batchsize import scaling
+from keras_batchsize import slicing
+from keras_batchsize.controller import Measurement
+from keras_batchsize.controller import Timing
+from keras_batchsize.noise import MicroBatchNorms
+from keras_batchsize.update_graphs import UpdateGraphs
+
+
+class AdaptiveTrainFunction:
+    """Trains on one superbatch per call.
+
+    Args:
+        model: The compiled Keras model whose `train_function` it becomes.
+        controller_for: Function from the number of examples in the first
+            superbatch to the `Controller` that decides.
+        steps: Keras steps per epoch, or None if not known.
+        epochs: Number of epochs planned.
+
+    Attributes:
+        controller: The `Controller`; None before the first superbatch.
+        warmup_epochs: Length of the learning-rate warm-up, in epochs.
+        corrects_momentum: Whether momentum is rescaled with the factor.
+        rule: The learning-rate rule.
+        rate_batch_size: Batch size the base rate was meant for, None for B₀.
+        on_superbatch: Function called after each superbatch with its
+            `Measurement`.
+        on_decision: Function called with the `Decision` when the size
+            changes.
+    """
+
+    def __init__(self, model, controller_for, steps=None, epochs=1):
+        self.controller = None
+        self.warmup_epochs = 0
+        self.corrects_momentum = True
+        self.on_superbatch = lambda measurement: None
+        self.on_decision = lambda decision: None
+        self._steps = steps
+        self._epochs = epochs
+        self.seconds = 0.0
+        self.epoch = 0
+        self.epoch_examples = 0
+        self.epoch_seconds = 0.0
+        self.tracing_seconds = 0.0
+        self.rule = scaling.none
+        self.rate_batch_size = None
+        self._model = model
+        self._controller_for = controller_for
+        self._replaced = None
+        self._history = None
+        self._graphs = None
+        self._pending = None
+        self._state = None
+        self._step = 0
+        self._factor = 1.0
+        self._loss_was_finite = True
+
+    # Taking and giving back the place in the model.
+
+    def install(self):
+        """Becomes the model's train function."""
+        self._replaced = self._model.train_function
+        self._history = self._model.history
+        self._model.train_function = self
+
+    def uninstall(self):
+        """Gives the model its own train function and momentum back."""
+        if self._model.train_function is self:
+            self._model.train_function = self._replaced
+        self._set_factor(1.0)
+
+    @property
+    def is_current(self):
+        """Whether the `fit` it was installed for is the one running."""
+        return self._model.history is self._history
+
+    def start_epoch(self, epoch):
+        """Starts counting the steps of an epoch.
+
+        Args:
+            epoch: Zero-based integer.
+        """
+        self.epoch = epoch
+        self.epoch_examples = 0
+        self.epoch_seconds = 0.0
+        self._step = 0
+        if self.controller is not None:
+            self.controller.epoch = epoch
+
+    # Called by Keras.
+
+    def __call__(self, iterator):
+        """Trains on the next superbatch.
+
+        Args:
+            iterator: Iterator over superbatches.
+
+        Returns:
+            Dict of logs, as a Keras train function returns them.
+        """
+        if not self.is_current:
+            return self._left_over(iterator)
+        try:
+            return self._next_steps(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise
+        except BaseException:
+            # `fit` calls no callback when it fails: this is the only place
+            # from which the model can be put in order.
+            self.uninstall()
+            raise
+
+    def _left_over(self, iterator):
+        """Serves a later `fit` that this function was not installed for.
+
+        An exception in another callback ends `fit` without a call to
+        `on_train_end`; then this function still sits in the model.
+        """
+        self.uninstall()
+        self._model.make_train_function()
+        return self._model.train_function(iterator)
+
+    def _next_steps(self, iterator):
+        logs = None
+        for _ in range(self._model.steps_per_execution):
+            started = time.perf_counter()
+            try:
+                data = slicing.without_optionals(next(iterator))
+            except (StopIteration, tf.errors.OutOfRangeError):
+                self.finish_pending()
+                if logs is None:
+                    raise
+                break
+            logs = self._train_on(data, time.perf_counter() - started)
+            self._step += 1
+        return logs
+
+    # One superbatch.
+
+    def _train_on(self, data, waited):
+        total = int(slicing.count_examples(data))
+        self._prepare(data, total)
+        self._decide()
+        plan, rate = self.controller.plan, self._rate()
+        traces = self._graphs.traces
+        started = time.perf_counter()
+        end = self._measured_until(total, plan)
+        rows, measured_seconds, split_traces = [], 0.0, 0
+        if end > 0:
+            logs, used, rows = self._split(data, end, plan, rate)
+            measured_seconds = time.perf_counter() - started
+            split_traces = self._graphs.traces - traces
+        if end < total:
+            began = time.perf_counter()
+            logs, used = self._plain(data, end, total, plan.batch_size, rate)
+            loss = _scalar(logs, "loss")  # Waits for the device to finish.
+            plain_seconds = time.perf_counter() - began
+        traced = self._graphs.traces > traces
+        size, plain = plan.batch_size, Timing()
+        if end < total and self._graphs.traces == traces + split_traces:
+            # Waiting for data belongs to every example alike.
+            share = waited * (total - end) / total
+            plain = Timing(plain_seconds + share, (total - end) / size)
+        if plan.accumulation_steps > 1 and not traced:
+            plain = Timing(measured_seconds + waited, total / size)
+        measured = Timing()
+        if end and not split_traces and plan.accumulation_steps == 1:
+            share = waited * end / total
+            measured = Timing(measured_seconds + share, end / size)
+        self._report(
+            Measurement(
+                examples=total,
+                updates=len(rows) + math.ceil((total - end) / size),
+                norms=tuple(row for row in rows if row.count >= 2),
+                plain=plain,
+                measured=measured,
+                seconds=time.perf_counter() - started + waited,
+                traced=traced,
+                loss=_scalar(logs, "loss"),
+                learning_rate=float(used),
+            )
+        )
+        return logs
+
+    def _prepare(self, data, total):
+        """Builds the graphs at the first superbatch and checks the loss."""
+        if self._graphs is not None:
+            return
+        self._start_controller(total)
+        splits = self.controller.measures or self.controller.accumulates
+        if splits:
+            exactness.check_step(self._model)
+        graphs = UpdateGraphs(
+            self._model, self.controller.ladder.base, splits
+        )
+        graphs.build(slicing.examples(data, 0, min(total, 1)))
+        if splits:
+            exactness.check_loss(self._model, graphs.normaliser, data)
+            self._pending = None
+        self._graphs = graphs
+
+    def _start_controller(self, total):
+        controller = self._controller_for(total)
+        controller.rule = self.rule
+        controller.epoch = self.epoch
+        if self.rate_batch_size is not None:
+            controller.rate_batch_size = self.rate_batch_size
+        if self._state is not None:
+            controller.set_state(self._state["controller"])
+            self._factor = self._state["factor"]
+            controller.epoch = self.epoch
+        self.controller = controller
+
+    def get_state(self):
+        """Returns everything a resumed training needs, as plain JSON types."""
+        return {
+            "controller": self.controller.get_state(),
+            "factor": self._factor,
+            "seconds": self.seconds,
+        }
+
+    def set_state(self, state):
+        """Takes over what `get_state` returned, at the next superbatch.
+
+        Args:
+            state: Dict of plain JSON types.
+        """
+        self._state = state
+        self.seconds = state["seconds"]
+
+    def _decide(self):
+        """Lets the controller change the size, but not within an update."""
+        if self._pending is not None:
+            return
+        decision = self.controller.decide()
+        if decision is not None:
+            self.on_decision(decision)
+
+    def _rate(self):
+        """Returns the `RateInForce`, momentum corrected if it has changed."""
+        controller = self.controller
+        factor = controller.learning_rate_factor
+        if self.warmup_epochs:
+            warmup = self.warmup_epochs * self._examples_per_epoch()
+            progress = min(controller.examples / warmup, 1.0)
+            factor = scaling.warmed_up(factor, progress)
+        self._set_factor(factor)
+        ratio = controller.batch_size / controller.rate_batch_size
+        if controller.rule is scaling.none:
+            ratio = factor
+        return learning_rate.rate_in_force(
+            factor, ratio, controller.base_steps
+        )
+
+    def next_learning_rate(self):
+        """Returns the effective rate of the next update, as a float."""
+        rate = self._rate()
+        return float(learning_rate.effective_rate(self._model.optimizer, rate))
+
+    def _set_factor(self, factor):
+        if factor != self._factor and self.corrects_momentum:
+            learning_rate.correct_momentum(
+                self._model.optimizer, factor / self._factor
+            )
+        self._factor = factor
+
+    def _measured_until(self, total, plan):
+        """Returns how many leading examples are trained on measured."""
+        size = plan.batch_size
+        if plan.accumulation_steps > 1:
+            return total  # Free: the gradients are summed anyway.
+        if not self.controller.measures or size < 2:
+            return 0
+        updates = self.controller.updates_to_measure(
+            total // size, self._examples_ahead(total)
+        )
+        return updates * size
+
+    def _examples_ahead(self, total):
+        """Examples whose measuring budget may be spent in advance."""
+        if self._steps is None:
+            return 0
+        epoch = self._examples_per_epoch()
+        left = self._epochs * epoch - self.controller.examples
+        return max(min(epoch, left), total)
+
+    def _examples_per_epoch(self):
+        if self._steps is None:
+            # Not known before the first epoch has ended: take it for long.
+            return math.inf
+        return self._steps * self.controller.superbatch_size
+
+    def _plain(self, data, start, stop, size, rate):
+        whole = stop
+        if self._graphs.compiles:
+            # XLA makes a graph per shape; the ragged tail goes without it.
+            data = self._one_shape(data, stop)
+            whole = start + (stop - start) // size * size
+        if whole > start:
+            logs, used = self._graphs.plain(data, start, whole, size, rate)
+        if whole < stop:
+            logs, used = self._graphs.plain(data, whole, stop, size, rate)
+        return logs, used
+
+    def _one_shape(self, data, total):
+        size = self.controller.superbatch_size
+        return data if total == size else slicing.padded(data, size)
+
+    def _split(self, data, stop, plan, rate):
+        total = self._pending or self._graphs.zeros()
+        micro = plan.micro_batch_size
+        if plan.accumulation_steps == 1:
+            micro = _part_of(micro, self._graphs.compiles)
+        if self._graphs.compiles:
+            data = self._one_shape(data, stop)
+        last = self._steps is not None and self._step + 1 >= self._steps
+        finish = plan.accumulation_steps == 1 or last
+        logs, used, total, rows = self._graphs.split(
+            total, data, 0, stop, (plan.batch_size, micro), finish, rate
+        )
+        rows = [MicroBatchNorms(*row) for row in np.asarray(rows).tolist()]
+        self._pending = total if int(total.count) else None
+        return logs, used, rows
+
+    def finish_pending(self):
+        """Makes the update of a batch that the end of an epoch cut short."""
+        if self._pending is None:
+            return
+        row = self._graphs.finish(self._pending, self._rate())
+        self._pending = None
+        self.controller.observe_update(MicroBatchNorms(*np.asarray(row).tolist()))
+
+    def _report(self, measurement):
+        self.seconds += measurement.seconds
+        self.epoch_seconds += measurement.seconds
+        self.epoch_examples += measurement.examples
+        if measurement.traced:
+            self.tracing_seconds += measurement.seconds
+        self._warn_once(measurement)
+        self.controller.observe(measurement)
+        self.on_superbatch(measurement)
+
+    def _warn_once(self, measurement):
+        finite = measurement.loss is None or math.isfinite(measurement.loss)
+        if self._loss_was_finite and not finite:
+            warnings.warn(
+                f"The loss became {measurement.loss} between updates "
+                f"{self.controller.updates + 1} and "
+                f"{self.controller.updates + measurement.updates}. The batch "
+                f"size is held at {self.controller.batch_size} while it is "
+                "not finite.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._loss_was_finite = finite
+
+    @property
+    def factor(self):
+        """The learning-rate factor in force, warm-up included."""
+        return self._factor
+
+
+def _part_of(batch_size, divides):
+    """Size of the parts that a batch is cut into to measure it.
+
+    Two halves are, within a factor √2, as good as any number of parts (the
+    spread of the ‖G‖² estimate falls with n as √(n/(n - 1))). Where shapes
+    are static the parts must be equal.
+    """
+    if not divides:
+        return math.ceil(batch_size / 2)
+    parts = 2
+    while batch_size % parts:
+        parts += 1
+    return batch_size // parts
+
+
+def _scalar(logs, name):
+    value = logs.get(name) if isinstance(logs, dict) else None
+    if value is None:
+        return None
+    return float(keras.ops.convert_to_numpy(value))

@@ -1,0 +1,332 @@
+"""`AdaptiveTrainer`: Keras's `fit`, with a batch size that follows the noise."""
+
+import keras
+
+from keras_batchsize import keras_private
+from keras_batchsize import learning_rate
+from keras_batchsize import policies
+from keras_batchsize import requirements
+from keras_batchsize import scaling
+from keras_batchsize.callbacks import BackupAndRestore
+from keras_batchsize.callbacks import DynamicBatchSize
+from keras_batchsize.callbacks import ExamplesProgbarLogger
+from keras_batchsize.callbacks import LearningRateScaling
+from keras_batchsize.controller import Controller
+from keras_batchsize.noise import UNKNOWN
+from keras_batchsize.plan import Ladder
+from keras_batchsize.plan import largest_on_ladder
+from keras_batchsize.superbatches import make_superbatches
+
+# Without a limit a batch is at most this part of the data, so that an epoch
+# has updates enough to follow.
+_LARGEST_PART = 16
+# Where the length of the data is not known, at most so many base batches.
+_LARGEST_OF_UNKNOWN = 64
+
+
+class _TrainerBatchSize(DynamicBatchSize):
+    """`DynamicBatchSize` with a controller that outlives one `fit`."""
+
+    def __init__(self, controller, verbose):
+        super().__init__(controller.policy, controller.ladder.base)
+        self.verbose = verbose
+        self._controller = controller
+
+    def make_controller(self, superbatch_size):
+        """Returns the trainer's controller."""
+        return self._controller
+
+
+class AdaptiveTrainer:
+    """Trains a Keras model with a batch size that follows the gradient noise.
+
+    ```python
+    trainer = kb.AdaptiveTrainer(model)
+    history = trainer.fit(x, y, batch_size=32, epochs=20)
+    trainer.report.summary()
+    ```
+
+    The model is left as it was, apart from being trained. A second `fit` with
+    the same batch size goes on from the size and statistics of the first.
+
+    Args:
+        model: A compiled Keras model.
+        policy: Who decides the size: "goodput", "noise_scale", "norm_test",
+            "cosine", "cabs", "diversity", "plateau", "fixed", "measure", or a
+            `kb.policies.BatchSizePolicy`.
+        learning_rate_scaling: "linear", "sqrt", "adascale", "none", "auto"
+            (linear for SGD, sqrt for adaptive optimizers), or a function
+            `factor(ratio, noise_scale) -> float` of B/B₀ and φ/B₀.
+        min_batch_size: Smallest size, in examples. None for the base size.
+        max_batch_size: Largest size, in examples. None for a sixteenth of the
+            examples in an epoch. Above the superbatch gradients are
+            accumulated.
+        superbatch_size: Examples per Keras step, the base batch size times a
+            power of two. None for a sixteenth of an epoch, at least 16 base
+            batches.
+        measure_every: Measure one update in so many; "auto" for as often as
+            2 % of the time pay for.
+        backup_dir: Folder from which an interrupted `fit` resumes, as
+            `keras.callbacks.BackupAndRestore` does.
+        verbose: 1 to print a line at each change of the size.
+
+    Raises:
+        TypeError: If `model` is not a Keras model, or an argument of another
+            kind than stated.
+        ValueError: If the model is not compiled or cannot be trained this
+            way, or an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        model,
+        policy="goodput",
+        learning_rate_scaling="auto",
+        min_batch_size=None,
+        max_batch_size=None,
+        superbatch_size=None,
+        measure_every="auto",
+        backup_dir=None,
+        verbose=1,
+    ):
+        requirements.check_model(model)
+        self.model = model
+        self.policy = policies.get(policy)
+        scaling.get(
+            learning_rate_scaling, learning_rate.rule_for(model.optimizer)
+        )
+        self.learning_rate_scaling = learning_rate_scaling
+        self.min_batch_size = min_batch_size
+        self.max_batch_size = max_batch_size
+        self.superbatch_size = superbatch_size
+        self.measure_every = measure_every
+        self.backup_dir = backup_dir
+        self.verbose = verbose
+        self._controller = None
+        self._report = None
+        self._state = None
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
+    ):
+        """Trains the model. All arguments mean what they do in `Model.fit`.
+
+        Args:
+            x: Input data, of any kind that `Model.fit` takes.
+            y: Targets.
+            batch_size: The base batch size B₀: the size that the learning rate
+                was meant for. None for the batch size of a dataset, or 32.
+            epochs: Number of the last epoch.
+            verbose: 0, 1, 2 or "auto".
+            callbacks: List of Keras callbacks.
+            validation_split: Fraction of arrays to validate on.
+            validation_data: Data to validate on.
+            shuffle: Whether arrays are shuffled.
+            class_weight: Dict from classes to weights.
+            sample_weight: Weights of the examples.
+            initial_epoch: Epoch to start at.
+            steps_per_epoch: Base batches per epoch.
+            validation_steps: Batches to validate on.
+            validation_batch_size: Batch size of validation, None for B₀.
+            validation_freq: Epochs between validations.
+
+        Returns:
+            The Keras `History`, with `batch_size`, `noise_scale` and
+            `examples_per_second` added for each epoch.
+        """
+        requirements.check_model(self.model)
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = (
+                keras_private.train_validation_split(
+                    (x, y, sample_weight), validation_split=validation_split
+                )
+            )
+        superbatches = make_superbatches(
+            self.model,
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            superbatch_size=self.superbatch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+        controller = self._controller_for(superbatches)
+        sizes = _TrainerBatchSize(controller, self.verbose and verbose != 0)
+        try:
+            return self.model.fit(
+                superbatches,
+                batch_size=superbatches.base_batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=self._callbacks(
+                    callbacks, sizes, superbatches, verbose
+                ),
+                validation_data=validation_data,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=superbatches.steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
+        finally:
+            sizes.close()
+            self._report = sizes.report or self._report
+
+    def _callbacks(self, callbacks, sizes, superbatches, verbose):
+        given = keras.tree.flatten(callbacks) if callbacks else []
+        ours = [sizes, LearningRateScaling(self.learning_rate_scaling)]
+        if self.backup_dir is not None:
+            given.append(BackupAndRestore(self.backup_dir))
+        has_bar = any(
+            isinstance(one, keras.callbacks.ProgbarLogger) for one in given
+        )
+        if verbose != 0 and not has_bar:
+            given.append(ExamplesProgbarLogger(superbatches.examples_per_epoch))
+        return ours + given
+
+    def _controller_for(self, superbatches):
+        """Returns the controller of the last `fit`, or a new one."""
+        base = superbatches.base_batch_size
+        ladder = self._ladder(base, superbatches.examples_per_epoch)
+        size = superbatches.superbatch_size
+        measure = self.measure_every
+        if measure == "auto" and not self._needs_noise():
+            measure = None
+        state = self._state
+        controller = Controller(self.policy, ladder, size, measure)
+        if self._controller is not None and self._controller.ladder.base == base:
+            state = self._controller.get_state()
+        if state is not None:
+            controller.set_state(state)
+        self._controller, self._state = controller, None
+        return controller
+
+    def _needs_noise(self):
+        """Whether the policy, or else the rule, looks at gradient noise."""
+        rule = scaling.get(
+            self.learning_rate_scaling,
+            learning_rate.rule_for(self.model.optimizer),
+        )
+        return self.policy.needs_noise or rule is scaling.adascale
+
+    def _ladder(self, base, examples):
+        maximum, minimum = self.max_batch_size, self.min_batch_size
+        if maximum is None:
+            limit = base * _LARGEST_OF_UNKNOWN
+            if examples is not None:
+                limit = examples / _LARGEST_PART
+            maximum = largest_on_ladder(base, limit)
+        return Ladder(base, base if minimum is None else minimum, maximum)
+
+    def evaluate(self, *args, **kwargs):
+        """Calls `model.evaluate`."""
+        return self.model.evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """Calls `model.predict`."""
+        return self.model.predict(*args, **kwargs)
+
+    @property
+    def batch_size(self):
+        """Examples per update now; None before the first `fit`."""
+        return self._controller and self._controller.batch_size
+
+    @property
+    def noise_scale(self):
+        """The `NoiseScaleEstimate` of all measurements so far."""
+        if self._controller is None:
+            return UNKNOWN
+        return self._controller.noise_scale
+
+    @property
+    def plan(self):
+        """The `BatchPlan` in force; None before the first `fit`."""
+        return self._controller and self._controller.plan
+
+    @property
+    def report(self):
+        """The `Report` of the latest `fit`; None before the first."""
+        return self._report
+
+    def get_state(self):
+        """Returns batch size, statistics and clocks as plain JSON types.
+
+        Returns:
+            Dict; empty before the first `fit`.
+        """
+        if self._controller is None:
+            return self._state or {}
+        return self._controller.get_state()
+
+    def set_state(self, state):
+        """Lets the next `fit` go on from what `get_state` returned.
+
+        Args:
+            state: Dict of plain JSON types.
+        """
+        self._controller = None
+        self._state = dict(state) or None
+
+
+def fit(
+    model,
+    x=None,
+    y=None,
+    batch_size=None,
+    policy="goodput",
+    learning_rate_scaling="auto",
+    min_batch_size=None,
+    max_batch_size=None,
+    superbatch_size=None,
+    measure_every="auto",
+    backup_dir=None,
+    **fit_arguments,
+):
+    """Trains a model in one line: `AdaptiveTrainer(model, ...).fit(...)`.
+
+    Args:
+        model: A compiled Keras model.
+        x: As in `Model.fit`.
+        y: As in `Model.fit`.
+        batch_size: The base batch size B₀.
+        policy: See `AdaptiveTrainer`.
+        learning_rate_scaling: See `AdaptiveTrainer`.
+        min_batch_size: See `AdaptiveTrainer`.
+        max_batch_size: See `AdaptiveTrainer`.
+        superbatch_size: See `AdaptiveTrainer`.
+        measure_every: See `AdaptiveTrainer`.
+        backup_dir: See `AdaptiveTrainer`.
+        **fit_arguments: All other arguments of `Model.fit`.
+
+    Returns:
+        The Keras `History`.
+    """
+    trainer = AdaptiveTrainer(
+        model,
+        policy=policy,
+        learning_rate_scaling=learning_rate_scaling,
+        min_batch_size=min_batch_size,
+        max_batch_size=max_batch_size,
+        superbatch_size=superbatch_size,
+        measure_every=measure_every,
+        backup_dir=backup_dir,
+    )
+    return trainer.fit(x, y, batch_size=batch_size, **fit_arguments)

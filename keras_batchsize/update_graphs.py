@@ -1,0 +1,278 @@
+"""The graphs that turn a superbatch into updates.
+
+Two loops, both inside one `tf.function` call per superbatch:
+
+- `plain`: cuts batches and calls the model's own `train_step` on each. With
+  the batch size held fixed this is plain `fit`, bit for bit, only without the
+  way through Python between updates.
+- `split`: cuts micro-batches, sums their gradients, measures and applies. It
+  takes what an earlier superbatch left unfinished and returns what it leaves,
+  so that a batch may be larger than a superbatch.
+
+Without XLA one trace serves all sizes. XLA needs static shapes: there, sizes
+are Python integers, and each has a graph of its own.
+"""
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import learning_rate
+from keras_batchsize import slicing
+from keras_batchsize.gradients import GradientAccumulator
+from keras_batchsize.learning_rate import RateInForce
+
+
+class UpdateGraphs:
+    """Holds the graphs of one model.
+
+    Args:
+        model: A compiled Keras model.
+        base_batch_size: B₀, in which the schedule's clock counts.
+        splits: Whether `split` is going to be used.
+    """
+
+    def __init__(self, model, base_batch_size, splits):
+        self._model = model
+        self._base = base_batch_size
+        self._accumulator = GradientAccumulator(model) if splits else None
+        self._outputs = None
+        self._eager = model.run_eagerly
+        self._step = self._function(self._one_step)
+        self._add = self._function(self._one_micro_batch)
+        self._plain = self._function(self._plain_loop)
+        self._split = self._function(self._split_loop)
+        self._plain_xla = self._compiled(self._plain_loop)
+        self._split_xla = self._compiled(self._split_loop)
+
+    def _function(self, function):
+        if self._eager:
+            return function
+        return tf.function(function, reduce_retracing=True, autograph=False)
+
+    def _compiled(self, function):
+        if self._eager or not self._model.jit_compile:
+            return None
+        return tf.function(function, jit_compile=True, autograph=False)
+
+    @property
+    def normaliser(self):
+        """What losses are divided by, see `exactness`; None if never split."""
+        return self._accumulator and self._accumulator.normaliser
+
+    @property
+    def compiles(self):
+        """Whether XLA compiles the loops."""
+        return self._plain_xla is not None
+
+    @property
+    def traces(self):
+        """How many graphs have been traced so far."""
+        functions = [self._plain, self._split]
+        if self.compiles:
+            functions += [self._plain_xla, self._split_xla]
+        if self._eager:
+            return 0
+        return sum(
+            function.experimental_get_tracing_count() for function in functions
+        )
+
+    def zeros(self):
+        """Returns sums of no micro-batch, to start `split` with."""
+        return self._accumulator.zeros()
+
+    def build(self, data):
+        """Creates all variables, by tracing a step without running it.
+
+        Variables cannot be made inside the loops. Keras makes them, too, when
+        it traces its first step, in the same order.
+
+        Args:
+            data: A batch as `train_step` receives it.
+        """
+        if self._outputs is not None:
+            return
+        rate = RateInForce(
+            tf.constant(1.0), tf.constant(1.0), tf.constant(0, tf.int64)
+        )
+        if self._eager:
+            self._outputs = ()
+            return
+        specs = keras.tree.map_structure(_batch_spec, data)
+        concrete = self._step.get_concrete_function(specs, rate)
+        self._outputs = keras.tree.map_structure(
+            lambda spec: tf.zeros(spec.shape, spec.dtype),
+            concrete.structured_outputs,
+        )
+
+    def _one_step(self, batch, rate):
+        with learning_rate.applied(self._model.optimizer, rate):
+            return self._model.train_step(batch)
+
+    def _one_micro_batch(self, total, batch):
+        return self._accumulator.add(total, batch)
+
+    def _rate_at(self, rate, position):
+        steps = tf.cast(position // self._base, tf.int64)
+        return rate._replace(base_step=rate.base_step + steps)
+
+    def plain(self, data, start, stop, batch_size, rate):
+        """Makes unmeasured updates of examples [start, stop).
+
+        Args:
+            data: The superbatch.
+            start: Integer, first example.
+            stop: Integer, end of the range.
+            batch_size: Integer, examples per update; the last may be smaller.
+            rate: A `RateInForce`.
+
+        Returns:
+            Tuple of logs as `train_step` returns them, and the learning rate
+            of the last update.
+        """
+        begin, end = tf.constant(start), tf.constant(stop)
+        if self.compiles and (stop - start) % batch_size == 0:
+            return self._plain_xla(data, begin, end, batch_size, rate)
+        return self._plain(data, begin, end, self._size(batch_size), rate)
+
+    def _size(self, size):
+        return size if self._eager else tf.constant(size)
+
+    def _plain_loop(self, data, start, stop, batch_size, rate):
+        static = isinstance(batch_size, int) and not self._eager
+
+        def body(position, _):
+            take = batch_size
+            if not static:
+                take = tf.minimum(batch_size, stop - position)
+            batch = slicing.examples(data, position, take)
+            outputs = self._step(batch, self._rate_at(rate, position))
+            return position + take, outputs
+
+        if self._eager:
+            position = start
+            while position < stop:
+                position, outputs = body(position, None)
+            return outputs, self._final_rate(rate, stop)
+        _, outputs = tf.while_loop(
+            lambda position, _: position < stop,
+            body,
+            (start, self._outputs),
+            parallel_iterations=1,
+        )
+        return outputs, self._final_rate(rate, stop)
+
+    def _final_rate(self, rate, stop):
+        return learning_rate.effective_rate(
+            self._model.optimizer, self._rate_at(rate, stop - 1)
+        )
+
+    def split(self, total, data, start, stop, sizes, finish, rate):
+        """Makes measured updates of examples [start, stop).
+
+        Args:
+            total: What an earlier call left unfinished, or `zeros()`.
+            data: The superbatch.
+            start: Integer, first example.
+            stop: Integer, end of the range.
+            sizes: Pair of integers (examples per update, examples per
+                micro-batch).
+            finish: Bool, whether to make an update of what is left at `stop`.
+            rate: A `RateInForce`.
+
+        Returns:
+            Tuple of the logs, the learning rate, the unfinished
+            `Accumulated`, and a float64 tensor of shape (updates, 4) with a
+            row of `MicroBatchNorms` per update.
+        """
+        begin, end = tf.constant(start), tf.constant(stop)
+        batch_size, micro = sizes
+        whole = (stop - start) % micro == 0 and batch_size % micro == 0
+        if self.compiles and whole:
+            # One more row than the superbatch has batches: the first may
+            # finish what an earlier superbatch began.
+            rows = int(slicing.count_examples(data)) // batch_size + 2
+            logs, used, total, (norms, count) = self._split_xla(
+                total, data, begin, end, sizes, tf.constant(finish), rate, rows
+            )
+            return logs, used, total, norms[:count]
+        size = self._size(batch_size), self._size(micro)
+        return self._split(
+            total, data, begin, end, size, tf.constant(finish), rate, None
+        )
+
+    def _split_loop(self, total, data, start, stop, sizes, finish, rate, rows):
+        batch_size, micro = sizes
+        norms = tf.TensorArray(
+            tf.float64,
+            size=rows or 0,
+            dynamic_size=rows is None,
+            element_shape=(4,),
+        )
+
+        def body(position, row, total, norms):
+            take = micro
+            if rows is None:
+                missing = batch_size - total.examples
+                take = tf.minimum(micro, tf.minimum(missing, stop - position))
+            batch = slicing.examples(data, position, take)
+            total = self._add(total, batch)
+            end = position + take
+            full = tf.logical_or(
+                total.examples >= batch_size,
+                tf.logical_and(finish, end >= stop),
+            )
+            rate_now = self._rate_at(rate, position)
+            total, norms = tf.cond(
+                full,
+                lambda: self._apply(total, norms, row, rate_now),
+                lambda: (total, norms),
+            )
+            return end, row + tf.cast(full, tf.int32), total, norms
+
+        _, count, total, norms = tf.while_loop(
+            lambda position, row, total, norms: position < stop,
+            body,
+            (start, tf.constant(0), total, norms),
+            parallel_iterations=1,
+        )
+        return (
+            self._model.get_metrics_result(),
+            self._final_rate(rate, stop),
+            total,
+            norms.stack()[:count] if rows is None else (norms.stack(), count),
+        )
+
+    def _apply(self, total, norms, row, rate):
+        norms = norms.write(row, self._accumulator.apply(total, rate))
+        return self._accumulator.zeros(), norms
+
+    def finish(self, total, rate):
+        """Makes the update of what a split left unfinished.
+
+        Args:
+            total: An `Accumulated` of at least one micro-batch.
+            rate: A `RateInForce`.
+
+        Returns:
+            float64 tensor of shape (4,), a row of `MicroBatchNorms`.
+        """
+        return self._accumulator.apply(total, rate)
+
+
+def _batch_spec(leaf):
+    """The type of a batch of any number of the examples in `leaf`."""
+    if leaf is None:
+        return None
+    spec = tf.type_spec_from_value(leaf)
+    if isinstance(spec, tf.TensorSpec):
+        return tf.TensorSpec([None] + spec.shape[1:], spec.dtype)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec([None] + spec.shape[1:], spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(
+            [None] + spec.shape[1:],
+            spec.dtype,
+            spec.ragged_rank,
+            spec.row_splits_dtype,
+        )
+    return spec
