@@ -1,0 +1,56 @@
+"""Every test starts from a quiet TensorFlow, known seeds and no leftovers."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+# Read once, when TensorFlow, Keras and matplotlib are imported, which the test
+# modules do after this file.
+os.environ.update(
+    KERAS_BACKEND="tensorflow",
+    MPLBACKEND="Agg",
+    # TF32 rounds to 10 bits on a GPU; the tolerances are those of float32.
+    NVIDIA_TF32_OVERRIDE="0",
+    TF_CPP_MIN_LOG_LEVEL="2",
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def keras_session():
+    """Seeds every test alike and takes away the global state it leaves.
+
+    The tests of the pure rooms must not pay for importing TensorFlow, so
+    nothing happens until another test has imported it. The garbage collection
+    that `clear_session` offers takes longer than most tests.
+    """
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.set_random_seed(0)
+    yield
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.clear_session(free_memory=False)
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs a fresh interpreter, for tests about a whole process.
+
+    It sees the package that stands beside the tests, wherever it runs.
+    """
+
+    def run(*arguments, cwd=None, timeout=300):
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
