@@ -66,20 +66,22 @@ class Ladder:
 
     def __post_init__(self):
         why = "it counts the examples of an update"
-        for name in ("base", "minimum", "maximum"):
-            label = f"{name}_batch_size" if name == "base" else (
-                "min_batch_size" if name == "minimum" else "max_batch_size"
+        for name, label, remedy in (
+            ("base", "batch_size", 32),
+            ("minimum", "min_batch_size", self.base),
+            ("maximum", "max_batch_size", self.base),
+        ):
+            value = _checks.positive_int(
+                label, getattr(self, name), why, f"Use {label}={remedy}."
             )
-            _checks.positive_int(
-                label, getattr(self, name), why, f"Use {label}=32."
-            )
+            # Frozen; but an integer of NumPy must not get into the JSON state.
+            object.__setattr__(self, name, value)
         if self.minimum > self.maximum:
             raise ValueError(
                 "`min_batch_size` must not be larger than `max_batch_size`: "
                 "no size would be left between them. Received: "
                 f"min_batch_size={self.minimum}, "
-                f"max_batch_size={self.maximum}. Use min_batch_size="
-                f"{min(self.base, self.maximum)}."
+                f"max_batch_size={self.maximum}. {self._ordered()}"
             )
         if not self.minimum <= self.base <= self.maximum:
             raise ValueError(
@@ -90,6 +92,16 @@ class Ladder:
                 f"{min(max(self.base, self.minimum), self.maximum)}, or "
                 "widen the bounds."
             )
+
+    def _ordered(self):
+        """Says which bound to change so that the base lies between them."""
+        if self.base <= self.maximum:
+            return f"Use min_batch_size={self.base}."
+        if self.base >= self.minimum:
+            return f"Use max_batch_size={self.base}."
+        return (
+            f"Use min_batch_size={self.maximum}, max_batch_size={self.minimum}."
+        )
 
     @property
     def sizes(self):
@@ -106,9 +118,11 @@ class Ladder:
 
     def nearest(self, batch_size):
         """Returns the size on the ladder whose logarithm is closest."""
-        wanted = math.log(max(batch_size, 1e-9)) if batch_size else -math.inf
-        if math.isinf(batch_size):
+        if batch_size >= self.sizes[-1]:
             return self.sizes[-1]
+        if batch_size <= self.sizes[0]:
+            return self.sizes[0]
+        wanted = math.log(batch_size)
         return min(self.sizes, key=lambda size: abs(math.log(size) - wanted))
 
     def neighbours(self, batch_size):
@@ -128,5 +142,5 @@ def largest_on_ladder(base_batch_size, limit):
     Returns:
         Integer; `base_batch_size` if the limit is smaller.
     """
-    doublings = math.log2(max(limit / base_batch_size, 1.0))
-    return base_batch_size * 2 ** math.floor(doublings + 1e-9)
+    ratio = max(int(limit // base_batch_size), 1)
+    return base_batch_size * 2 ** (ratio.bit_length() - 1)

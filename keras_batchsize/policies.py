@@ -7,96 +7,34 @@ policies alike. To add a policy, subclass `BatchSizePolicy` and list it in
 `POLICIES`.
 """
 
-import dataclasses
-import math
-
 from keras_batchsize import _checks
 from keras_batchsize import throughput
-from keras_batchsize.throughput import StepTime
+from keras_batchsize._policies_base import BatchSizePolicy
+from keras_batchsize._policies_base import Status
+from keras_batchsize._policies_base import at_noise
+from keras_batchsize._policies_base import next_batch_size
+from keras_batchsize._policies_stated import BatchSizeSchedule
+from keras_batchsize._policies_stated import Fixed
+from keras_batchsize._policies_stated import GrowOnPlateau
 
-
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """What a policy may look at.
-
-    Attributes:
-        batch_size: Examples per update now.
-        base_batch_size: B₀, the size the user's learning rate was meant for.
-        smaller: The next smaller size that may be used, or `batch_size`.
-        larger: The next larger size that may be used, or `batch_size`.
-        noise_scale: φ in examples. NaN while it is not resolved.
-        squared_norm: ‖G‖² in (loss / parameter)².
-        trace: tr(Σ), same unit.
-        step_time: The `StepTime` of this run, or None before the first timed
-            update.
-        learning_rate: The rate in force, with the factor for `batch_size`.
-        loss: Mean training loss of the epoch so far. NaN if there is none.
-        epoch: Zero-based integer.
-    """
-
-    batch_size: int
-    base_batch_size: int
-    smaller: int
-    larger: int
-    noise_scale: float = math.nan
-    squared_norm: float = math.nan
-    trace: float = math.nan
-    step_time: StepTime | None = None
-    learning_rate: float = math.nan
-    loss: float = math.nan
-    epoch: int = 0
-
-
-class BatchSizePolicy:
-    """Base class of all policies.
-
-    Attributes:
-        needs_noise: Whether `wish` looks at gradient statistics. If so, it is
-            asked only while the noise scale is resolved.
-        gradual: Whether its wishes are followed by at most a factor of two per
-            change, with a waiting time in between. False for policies that
-            state a size outright.
-    """
-
-    needs_noise = True
-    gradual = True
-
-    def wish(self, status):
-        """Returns the batch size this policy wants, in examples.
-
-        Args:
-            status: A `Status`.
-
-        Returns:
-            Float; `status.batch_size` for no change.
-        """
-        raise NotImplementedError(
-            "A policy must implement `wish(status)`: it is asked for the next "
-            f"batch size. Received: {type(self).__name__} without it. Return "
-            "a number of examples."
-        )
-
-    def reason(self, status):
-        """Returns a few words that explain the wish, for logs and report."""
-        return f"noise scale {status.noise_scale:,.0f}"
-
-    def on_epoch_end(self, status, logs):
-        """Is told the `Status` and the metrics at the end of each epoch."""
-
-    def get_state(self):
-        """Returns what evolves during training, as plain JSON types."""
-        return {}
-
-    def set_state(self, state):
-        """Takes over what `get_state` returned."""
-
-    def __repr__(self):
-        arguments = ", ".join(
-            f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if not name.startswith("_")
-        )
-        return f"{type(self).__name__}({arguments})"
+__all__ = [
+    "CABS",
+    "POLICIES",
+    "BatchSizePolicy",
+    "BatchSizeSchedule",
+    "CosineSimilarity",
+    "Fixed",
+    "Goodput",
+    "GradientDiversity",
+    "GrowOnPlateau",
+    "Measure",
+    "NoiseScale",
+    "NormTest",
+    "Status",
+    "at_noise",
+    "get",
+    "next_batch_size",
+]
 
 
 class Goodput(BatchSizePolicy):
@@ -277,149 +215,6 @@ class GradientDiversity(BatchSizePolicy):
         return self.delta * (1.0 + status.noise_scale)
 
 
-class BatchSizeSchedule(BatchSizePolicy):
-    """A size for each epoch, stated beforehand.
-
-    Smith et al. 2018 (ICLR; arXiv:1711.00489): where a learning rate would be
-    cut by k, grow the batch by k and leave the rate alone. For that use
-    combine it with `learning_rate_scaling="none"`.
-
-    Args:
-        schedule: A function from the zero-based epoch to a batch size, or a
-            dict from epochs to the size that holds from then on.
-    """
-
-    needs_noise = False
-    gradual = False
-
-    def __init__(self, schedule):
-        if not callable(schedule) and not isinstance(schedule, dict):
-            raise TypeError(
-                "`schedule` must be a function of the epoch or a dict from "
-                "epochs to batch sizes: it states the size of each epoch. "
-                f"Received: schedule={schedule!r}. Use {{0: 32, 10: 128}}."
-            )
-        self.schedule = schedule
-
-    def wish(self, status):
-        """Returns the size stated for the epoch."""
-        if callable(self.schedule):
-            return self.schedule(status.epoch)
-        past = [epoch for epoch in self.schedule if epoch <= status.epoch]
-        return self.schedule[max(past)] if past else status.batch_size
-
-    def reason(self, status):
-        """Names the epoch."""
-        return f"scheduled for epoch {status.epoch + 1}"
-
-
-class GrowOnPlateau(BatchSizePolicy):
-    """Grows the batch when a metric has stopped improving.
-
-    The twin of `keras.callbacks.ReduceLROnPlateau`, with the same arguments;
-    a larger batch lowers the noise of SGD as a smaller rate does (Smith et al.
-    2018, ICLR; arXiv:1711.00489). Combine it with
-    `learning_rate_scaling="none"` for that effect.
-
-    Args:
-        monitor: Key of the epoch logs to watch.
-        factor: By how much to grow.
-        patience: Epochs without improvement before growing.
-        min_delta: Smallest change that counts as an improvement.
-        cooldown: Epochs to wait after growing.
-        mode: "min" or "max".
-    """
-
-    needs_noise = False
-    gradual = False
-
-    def __init__(
-        self,
-        monitor="val_loss",
-        factor=2,
-        patience=5,
-        min_delta=1e-4,
-        cooldown=0,
-        mode="min",
-    ):
-        why = "the batch grows by it"
-        self.monitor = monitor
-        self.factor = _checks.real("factor", factor, 1.0, 1e6, why, "Use 2.")
-        self.patience = patience
-        self.min_delta = min_delta
-        self.cooldown = cooldown
-        self.mode = _checks.known(
-            "mode", mode, ("min", "max"), "it says which way is better"
-        )
-        self._state = {"best": None, "wait": 0, "cooling": 0, "wished": None}
-
-    def on_epoch_end(self, status, logs):
-        """Counts the epochs without improvement."""
-        if self.monitor not in logs:
-            raise ValueError(
-                f"`monitor` must be a key of the logs of an epoch: the size "
-                f"follows it. Received: monitor={self.monitor!r}; the logs "
-                f"have {sorted(logs)}. Use one of these."
-            )
-        sign = 1.0 if self.mode == "min" else -1.0
-        value, state = sign * logs[self.monitor], self._state
-        if state["cooling"] > 0:
-            state["cooling"] -= 1
-            state["wait"] = 0
-        if state["best"] is None or value < state["best"] - self.min_delta:
-            state["best"], state["wait"] = value, 0
-        elif state["cooling"] <= 0:
-            state["wait"] += 1
-        if state["wait"] >= self.patience:
-            state["wished"] = status.batch_size * self.factor
-            state["cooling"], state["wait"] = self.cooldown, 0
-
-    def wish(self, status):
-        """Returns the size grown to at the last plateau."""
-        return self._state["wished"] or status.batch_size
-
-    def reason(self, status):
-        """Names the metric."""
-        return f"no improvement of {self.monitor}"
-
-    def get_state(self):
-        """Returns best value, waiting times and the size grown to."""
-        return dict(self._state)
-
-    def set_state(self, state):
-        """Takes over what `get_state` returned."""
-        self._state = dict(state)
-
-
-class Fixed(BatchSizePolicy):
-    """Always the same size.
-
-    Args:
-        batch_size: The size, or None for the base batch size.
-    """
-
-    needs_noise = False
-    gradual = False
-
-    def __init__(self, batch_size=None):
-        if batch_size is not None:
-            batch_size = _checks.positive_int(
-                "batch_size",
-                batch_size,
-                "it counts the examples of an update",
-                "Use 32.",
-            )
-        self.batch_size = batch_size
-
-    def wish(self, status):
-        """Returns the size it was given."""
-        return self.batch_size or status.base_batch_size
-
-    def reason(self, status):
-        """Says that it is fixed."""
-        return "fixed"
-
-
 class Measure(BatchSizePolicy):
     """Changes nothing and measures: for looking before adapting."""
 
@@ -466,61 +261,3 @@ def get(policy):
         "policy", policy, POLICIES, "it names who decides the batch size"
     )
     return POLICIES[policy]()
-
-
-# A wish must pass the middle between two sizes by this factor: without it a
-# noise scale near the middle would move the size to and fro.
-_HYSTERESIS = 1.1
-
-
-def next_batch_size(policy, status, estimate, ladder):
-    """Turns a policy's wish into a size on the ladder.
-
-    A gradual policy is asked twice, at both ends of the confidence interval
-    of the noise scale: the size grows only if growing is right even for the
-    smallest noise scale the data allow, and shrinks only if shrinking is right
-    for the largest. In between it is held; so it is while not resolved.
-
-    Args:
-        policy: A `BatchSizePolicy`.
-        status: A `Status`; its noise fields are filled in here.
-        estimate: The `NoiseScaleEstimate`.
-        ladder: The `Ladder` of sizes that may be used.
-
-    Returns:
-        Integer on the ladder; `status.batch_size` for no change.
-    """
-    if policy.needs_noise and not estimate.resolved:
-        return status.batch_size
-    if not policy.gradual:
-        return ladder.nearest(policy.wish(status))
-    wish_if_low = policy.wish(at_noise(status, estimate, estimate.lower))
-    wish_if_high = policy.wish(at_noise(status, estimate, estimate.upper))
-    up = math.sqrt(status.batch_size * status.larger) * _HYSTERESIS
-    down = math.sqrt(status.batch_size * status.smaller) / _HYSTERESIS
-    if status.larger > status.batch_size and wish_if_low >= up:
-        return status.larger
-    if status.smaller < status.batch_size and wish_if_high <= down:
-        return status.smaller
-    return status.batch_size
-
-
-def at_noise(status, estimate, noise_scale):
-    """Returns the status under the assumption of a noise scale.
-
-    The trace keeps its estimate: it is known far better than ‖G‖².
-
-    Args:
-        status: A `Status`.
-        estimate: The `NoiseScaleEstimate`.
-        noise_scale: φ in examples.
-
-    Returns:
-        A `Status`.
-    """
-    return dataclasses.replace(
-        status,
-        noise_scale=noise_scale,
-        squared_norm=estimate.squared_norm,
-        trace=estimate.trace,
-    )

@@ -39,25 +39,29 @@ class StepTime:
 def fit_step_time(batch_sizes, seconds, largest=math.inf):
     """Fits T(B) = a·max(1, B/largest) + c·B to timed updates.
 
-    Each size is represented by its median, so a hiccup of the machine moves
-    nothing; the line through the medians minimises the *relative* error
-    (a size of 16 must count as much as one of 4096, whose seconds are a
-    hundred times as many), with both coefficients kept non-negative.
+    Each size is represented by its median, the lower of two where there is
+    none in the middle: a hiccup of the machine only ever adds time, and of two
+    timings it must not move the size either. The line through the medians
+    minimises the *relative* error (a size of 16 must count as much as one of
+    4096, whose seconds are a hundred times as many), with both coefficients
+    kept non-negative.
 
-    With one size only, a and c cannot be told apart. Then half of the time is
-    taken as fixed, as Pollux does (Qiao et al. 2021, OSDI, Sec. 4.1): the
-    optimism leads to trying a second size, after which both are known.
+    With one size only, or only sizes beyond `largest`, a and c cannot be told
+    apart. Then half of the time is taken as fixed, as Pollux does (Qiao et al.
+    2021, OSDI, Sec. 4.1): the optimism leads to trying a second size, after
+    which both are known.
 
     Args:
         batch_sizes: Sequence of batch sizes, in examples. Sizes may repeat.
-        seconds: Sequence of seconds per update, of the same length.
+        seconds: Sequence of seconds per update, positive, of the same length.
         largest: Largest batch size that is computed in one piece.
 
     Returns:
         A `StepTime`.
 
     Raises:
-        ValueError: If the sequences are empty or differ in length.
+        ValueError: If the sequences are empty or differ in length, or a time
+            is not a positive number.
     """
     sizes = np.asarray(batch_sizes, dtype=float)
     times = np.asarray(seconds, dtype=float)
@@ -68,13 +72,24 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
             f"len(batch_sizes)={sizes.size}, len(seconds)={times.size}. "
             "Pass one time for each size."
         )
+    if not (np.isfinite(times) & (times > 0.0)).all():
+        raise ValueError(
+            "`seconds` must be positive numbers: errors are weighed relative "
+            f"to them. Received: seconds={seconds!r}. Leave out updates that "
+            "were not timed."
+        )
     distinct = np.unique(sizes)
-    medians = np.array([np.median(times[sizes == one]) for one in distinct])
+    medians = np.array(
+        [
+            np.quantile(times[sizes == one], 0.5, method="lower")
+            for one in distinct
+        ]
+    )
     pieces = np.maximum(distinct / largest, 1.0)
-    if distinct.size == 1 or distinct[1] / pieces[1] == distinct[0]:
-        half = medians[0] / 2.0
+    if np.unique(np.minimum(distinct, largest)).size == 1:
+        half = np.median(medians / pieces) / 2.0
         return StepTime(
-            float(half / pieces[0]), float(half / distinct[0]), largest
+            float(half), float(half / min(distinct[0], largest)), largest
         )
     # Relative residuals: each row of the system is divided by its time.
     system = np.stack([pieces / medians, distinct / medians], axis=1)
@@ -149,23 +164,26 @@ def speedup(old_batch_size, new_batch_size, step_time, noise_scale):
 
 
 def time_optimal_batch_size(step_time, noise_scale):
-    """The batch size with the largest goodput, √(φ·a/c).
+    """The batch size with the largest goodput, √(φ·a/c), at most `largest`.
 
     Setting the derivative of B/((a + c·B)(φ + B)) to zero gives B² = φ·a/c:
     the geometric mean of the noise scale and of the "overhead batch" a/c, at
     which fixed and variable cost are equal. It is the form of McCandlish et
     al. 2018, App. D, with a measured number in the place of a trade-off knob.
+    Beyond `step_time.largest` accumulation adds no speed, so goodput falls.
 
     Args:
         step_time: A `StepTime`.
         noise_scale: φ in examples.
 
     Returns:
-        Float, in examples; infinite if an example costs nothing.
+        Float, in examples; infinite if an example costs nothing and any
+        number is computed in one piece.
     """
     if step_time.per_example == 0.0:
-        return math.inf
-    return math.sqrt(noise_scale * step_time.fixed / step_time.per_example)
+        return step_time.largest
+    overhead = step_time.fixed / step_time.per_example
+    return min(math.sqrt(noise_scale * overhead), step_time.largest)
 
 
 def saturation_batch_size(step_time, fraction=0.95):
@@ -176,9 +194,12 @@ def saturation_batch_size(step_time, fraction=0.95):
         fraction: Float in (0, 1).
 
     Returns:
-        Float, in examples; infinite if an example costs nothing.
+        Float, in examples; infinite if an example costs nothing and any
+        number is computed in one piece.
     """
-    if step_time.per_example == 0.0:
+    fixed, per_example = step_time.fixed, step_time.per_example
+    # Seconds per example at the largest throughput, and at a fraction of it.
+    least = fixed / step_time.largest + per_example
+    if least == 0.0:
         return math.inf
-    overhead = step_time.fixed / step_time.per_example
-    return overhead * fraction / (1.0 - fraction)
+    return fixed / (least / fraction - per_example)

@@ -1,0 +1,169 @@
+"""Policies that state a size without looking at gradient noise."""
+
+import warnings
+
+from keras_batchsize import _checks
+from keras_batchsize._policies_base import BatchSizePolicy
+
+
+class BatchSizeSchedule(BatchSizePolicy):
+    """A size for each epoch, stated beforehand.
+
+    Smith et al. 2018 (ICLR; arXiv:1711.00489): where a learning rate would be
+    cut by k, grow the batch by k and leave the rate alone. For that use
+    combine it with `learning_rate_scaling="none"`.
+
+    Args:
+        schedule: A function from the zero-based epoch to a batch size, or a
+            dict from epochs to the size that holds from then on.
+    """
+
+    needs_noise = False
+    gradual = False
+
+    def __init__(self, schedule):
+        if not callable(schedule) and not isinstance(schedule, dict):
+            raise TypeError(
+                "`schedule` must be a function of the epoch or a dict from "
+                "epochs to batch sizes: it states the size of each epoch. "
+                f"Received: schedule={schedule!r}. Use {{0: 32, 10: 128}}."
+            )
+        self.schedule = schedule
+
+    def wish(self, status):
+        """Returns the size stated for the epoch."""
+        if callable(self.schedule):
+            return self.schedule(status.epoch)
+        past = [epoch for epoch in self.schedule if epoch <= status.epoch]
+        return self.schedule[max(past)] if past else status.batch_size
+
+    def reason(self, status):
+        """Names the epoch."""
+        return f"scheduled for epoch {status.epoch + 1}"
+
+
+class GrowOnPlateau(BatchSizePolicy):
+    """Grows the batch when a metric has stopped improving.
+
+    The twin of `keras.callbacks.ReduceLROnPlateau`, with the same arguments
+    and the same waiting; a larger batch lowers the noise of SGD as a smaller
+    rate does (Smith et al. 2018, ICLR; arXiv:1711.00489). Combine it with
+    `learning_rate_scaling="none"` for that effect.
+
+    Args:
+        monitor: Key of the epoch logs to watch.
+        factor: By how much to grow, at least 2.
+        patience: Epochs without improvement before growing.
+        min_delta: Smallest change that counts as an improvement.
+        cooldown: Epochs to wait after growing.
+        mode: "min", "max", or "auto" to tell from the name of a loss, an
+            accuracy or an AUC.
+    """
+
+    needs_noise = False
+    gradual = False
+
+    def __init__(
+        self,
+        monitor="val_loss",
+        factor=2,
+        patience=5,
+        min_delta=1e-4,
+        cooldown=0,
+        mode="auto",
+    ):
+        why = "the sizes that may be used are doublings of the base size"
+        self.monitor = monitor
+        self.factor = _checks.real("factor", factor, 2.0, 1e6, why, "Use 2.")
+        self.patience = patience
+        self.min_delta = abs(min_delta)
+        self.cooldown = cooldown
+        self.mode = _checks.known(
+            "mode", mode, ("auto", "min", "max"), "it says which way is better"
+        )
+        self._sign = 1.0 if _direction(monitor, mode) == "min" else -1.0
+        self._state = {"best": None, "wait": 0, "cooling": 0, "wished": None}
+
+    def on_epoch_end(self, status, logs):
+        """Counts the epochs without improvement."""
+        if self.monitor not in logs:
+            # Not an error: with `validation_freq=2` it is there every other
+            # epoch. Keras warns as well.
+            warnings.warn(
+                f"`monitor` is not among the logs of this epoch, so the batch "
+                f"size cannot follow it. Received: monitor={self.monitor!r}; "
+                f"the logs have {sorted(logs)}. Use one of these, or pass "
+                "`validation_data` to `fit`.",
+                stacklevel=2,
+            )
+            return
+        value, state = self._sign * logs[self.monitor], self._state
+        if state["cooling"] > 0:
+            state["cooling"] -= 1
+        if state["best"] is None or value + self.min_delta < state["best"]:
+            state["best"], state["wait"] = value, 0
+        elif state["cooling"] <= 0:
+            state["wait"] += 1
+            if state["wait"] >= self.patience:
+                state["wished"] = status.batch_size * self.factor
+                state["cooling"], state["wait"] = self.cooldown, 0
+
+    def wish(self, status):
+        """Returns the size grown to at the last plateau."""
+        return self._state["wished"] or status.batch_size
+
+    def reason(self, status):
+        """Names the metric."""
+        return f"no improvement of {self.monitor}"
+
+    def get_state(self):
+        """Returns best value, waiting times and the size grown to."""
+        return dict(self._state)
+
+    def set_state(self, state):
+        """Takes over what `get_state` returned."""
+        self._state = dict(state)
+
+
+def _direction(monitor, mode):
+    """Says whether a metric is to be minimised or maximised."""
+    if mode != "auto":
+        return mode
+    if monitor.endswith("loss"):
+        return "min"
+    if monitor.endswith(("acc", "accuracy", "auc")):
+        return "max"
+    raise ValueError(
+        "`mode` must be given for a metric whose name does not say which way "
+        f"is better: growing the wrong way would never stop. Received: "
+        f"monitor={monitor!r}, mode='auto'. Use mode=\"min\" or mode=\"max\"."
+    )
+
+
+class Fixed(BatchSizePolicy):
+    """Always the same size.
+
+    Args:
+        batch_size: The size, or None for the base batch size.
+    """
+
+    needs_noise = False
+    gradual = False
+
+    def __init__(self, batch_size=None):
+        if batch_size is not None:
+            batch_size = _checks.positive_int(
+                "batch_size",
+                batch_size,
+                "it counts the examples of an update",
+                "Use 32.",
+            )
+        self.batch_size = batch_size
+
+    def wish(self, status):
+        """Returns the size it was given."""
+        return self.batch_size or status.base_batch_size
+
+    def reason(self, status):
+        """Says that it is fixed."""
+        return "fixed"
