@@ -114,15 +114,22 @@ def _holder(at, start, sizes):
 
     A row tells of the superbatch that ends at it. So a line starts where
     training did, and where the batch size changes it jumps at the row before,
-    where the change took effect, rather than slope from row to row.
+    where the change took effect, rather than slope from row to row. It jumps
+    to `entry`, which defaults to the value of the row after.
     """
     jumps = np.flatnonzero(np.diff(sizes)) + 1
     points = np.insert(at, [0, *jumps], [start, *at[jumps - 1]])
 
-    def hold(values):
-        return points, np.insert(values, [0, *jumps], values[[0, *jumps]])
+    def hold(values, entry=None):
+        entry = values if entry is None else entry
+        return points, np.insert(values, [0, *jumps], entry[[0, *jumps]])
 
     return hold
+
+
+def _row_before(values):
+    """Returns a column moved down by a row; the first value is repeated."""
+    return np.append(values[:1], values[:-1])
 
 
 def _draw_sizes(axes, hold, rows, settings):
@@ -139,8 +146,8 @@ def _draw_sizes(axes, hold, rows, settings):
         limits.append(maximum)
         handles["maximum"] = axes.axhline(maximum, color=GREY, linestyle=":")
     bottom, top = min(limits) / 1.5, max(limits) * 1.5
-    at, lower = hold(rows["noise_lower"])
-    _, upper = hold(rows["noise_upper"])
+    at, lower = hold(rows["noise_lower"], _row_before(rows["noise_lower"]))
+    _, upper = hold(rows["noise_upper"], _row_before(rows["noise_upper"]))
     band = axes.fill_between(
         at,
         np.clip(lower, bottom / 2, top * 2),  # 0 and infinity leave the axes
@@ -149,7 +156,8 @@ def _draw_sizes(axes, hold, rows, settings):
         alpha=0.25,
         linewidth=0,
     )
-    (line,) = axes.plot(*hold(noise), color=ORANGE, linewidth=1.2)
+    noise_line = hold(noise, _row_before(noise))
+    (line,) = axes.plot(*noise_line, color=ORANGE, linewidth=1.2)
     handles["noise scale"] = (band, line)
     (handles["batch size"],) = axes.plot(
         *hold(rows["batch_size"]), color=BLUE, linewidth=2.2
@@ -166,9 +174,13 @@ def _draw_sizes(axes, hold, rows, settings):
 
 def _draw_rates(axes, hold, rows):
     """Learning rate, effective and as the user set it."""
-    points, base = hold(rows["base_learning_rate"])
-    axes.plot(points, hold(rows["learning_rate"])[1], color=BLUE, linewidth=1.8)
-    axes.plot(points, base, color=GREY, linewidth=1.4)
+    base = _row_before(rows["base_learning_rate"])
+    effective = hold(
+        rows["learning_rate"], base * rows["learning_rate_factor"]
+    )
+    axes.plot(*effective, color=BLUE, linewidth=1.8)
+    base_line = hold(rows["base_learning_rate"], base)
+    axes.plot(*base_line, color=GREY, linestyle="--", linewidth=1.4)
     axes.set_ylim(bottom=0)
     axes.set_title("learning rate", loc="left")
     axes.legend(axes.lines[:2], ["effective", "base"])

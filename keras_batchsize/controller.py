@@ -14,10 +14,16 @@ from keras_batchsize import scaling
 from keras_batchsize import throughput
 from keras_batchsize.measuring import MeasuringSchedule
 from keras_batchsize.measuring import Timings
+from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import plan_for
 
-# Horizons of the noise scale, in superbatches. An epoch has about 16 to 32.
+# Horizons of the noise scale, in superbatches (an epoch has about 16 to 32),
+# and the fewest measurements that each must hold.
 _HORIZONS = (4, 16, 64)
+_MEASUREMENTS = (1, 4, 16)
+
+# The noise scale is never measured on fewer examples of a superbatch.
+_FEWEST_MEASURED = 64
 
 # After a change the size is held for so many superbatches and updates, in
 # which its speed is timed and the estimate gets used to the new weights.
@@ -45,10 +51,10 @@ class Measurement:
     Attributes:
         examples: Examples in it.
         updates: Optimizer updates finished in it.
-        norms: Tuple of `MicroBatchNorms`, one for each measured update.
-        plain: `Timing` of the updates that were not measured. Empty if the
-            call was the first of a trace.
-        measured: `Timing` of the measured ones, likewise.
+        norms: Tuple of `MicroBatchNorms`: one of the superbatch, if it was
+            measured, and one of each update that was accumulated.
+        timing: `Timing` of the updates. Empty if they were traced first.
+        measuring_seconds: Seconds that measuring took, tracing included.
         seconds: Wall time of the superbatch, waiting for data included.
         traced: Whether the time contains tracing or compiling.
         loss: Mean loss of the epoch so far. None if there is none.
@@ -58,8 +64,8 @@ class Measurement:
     examples: int
     updates: int
     norms: tuple = ()
-    plain: Timing = Timing()
-    measured: Timing = Timing()
+    timing: Timing = Timing()
+    measuring_seconds: float = 0.0
     seconds: float = 0.0
     traced: bool = False
     loss: float | None = None
@@ -118,26 +124,26 @@ class Controller:
         self.base_steps = 0
         self.epoch = 0
         self.timings = Timings()
-        self.measured_timings = Timings()
         self.measuring = MeasuringSchedule(measure_every)
         self._estimator = noise.NoiseScaleEstimator(
-            [superbatch_size * horizon for horizon in _HORIZONS]
+            [superbatch_size * horizon for horizon in _HORIZONS],
+            _MEASUREMENTS,
         )
         self._known_noise_scale = math.nan
         self._changed_at = (0, 0)
         self._healthy = True
-        self._last = Measurement(0, 0)
+        self.last = Measurement(0, 0)
 
     # What holds now.
 
     @property
     def plan(self):
         """The `BatchPlan` in force."""
-        return plan_for(
-            self.batch_size,
-            math.ceil(self.superbatch_size / self.replicas),
-            self.replicas,
-        )
+        largest = math.ceil(self.superbatch_size / self.replicas)
+        if self.measures and self.batch_size > self.superbatch_size:
+            # From two micro-batches noise can be measured, but not how well.
+            largest = min(largest, max(self.batch_size // 4, 1))
+        return plan_for(self.batch_size, largest, self.replicas)
 
     @property
     def measures(self):
@@ -186,25 +192,41 @@ class Controller:
             self.batch_size, step_time, estimate.value, self.ladder.base
         )
 
-    def updates_to_measure(self, updates, examples_ahead):
-        """Returns how many updates of the next superbatch to measure.
+    def wants_measurement(self, examples, examples_ahead):
+        """Returns whether to measure the next superbatch.
 
         Args:
-            updates: Full-sized updates in it.
+            examples: Examples in it. Only whole superbatches are measured.
             examples_ahead: Examples whose measuring budget may be spent in
                 advance: those left to train on, at most an epoch.
-
-        Returns:
-            Integer from 0 to `updates`.
         """
-        plain = self.timings.median(self.batch_size)
-        per_example = (plain or 0.0) / self.batch_size
-        return self.measuring.updates_to_measure(
-            updates,
-            per_example * examples_ahead,
-            plain,
-            self.measured_timings.median(self.batch_size),
+        if examples != self.superbatch_size or self.accumulates_now:
+            return False
+        seconds = self.timings.median(self.batch_size) or 0.0
+        return self.measuring.is_due(
+            self.updates, examples_ahead * seconds / self.batch_size
         )
+
+    @property
+    def examples_to_measure(self):
+        """Examples of a superbatch on which its noise is measured.
+
+        The spread of ‖G‖² falls with the examples of one measurement, but
+        only with the square root of their number: few large measurements
+        beat many small ones, up to some 2φ, where signal dominates.
+        """
+        upper = self.noise_scale.upper
+        if math.isinf(upper):
+            return self.superbatch_size
+        return min(
+            largest_on_ladder(_FEWEST_MEASURED, 2.0 * upper),
+            self.superbatch_size,
+        )
+
+    @property
+    def accumulates_now(self):
+        """Whether updates are accumulated, and so measured for free."""
+        return self.plan.accumulation_steps > 1
 
     # What happens.
 
@@ -222,27 +244,23 @@ class Controller:
         estimate = self._estimator.estimate()
         if estimate.resolved:
             self._known_noise_scale = estimate.value
-        for timings, timing in (
-            (self.timings, measurement.plain),
-            (self.measured_timings, measurement.measured),
-        ):
-            if timing.updates > 0:
-                timings.add(size, timing.seconds / timing.updates)
+        if measurement.timing.updates > 0:
+            timing = measurement.timing
+            self.timings.add(size, timing.seconds / timing.updates)
         self._book(measurement)
+        # A loss of NaN is a diverged model; one without any loss is not.
         self._healthy = (
             measurement.loss is None or math.isfinite(measurement.loss)
         ) and all(norms.is_finite for norms in measurement.norms)
-        self._last = measurement
+        self.last = measurement
 
     def _book(self, measurement):
         """Books what measuring cost; tracing is no cost of measuring."""
-        plain = self.timings.median(self.batch_size)
-        timing, taken = measurement.measured, len(measurement.norms)
-        if measurement.traced or plain is None:
-            self.measuring.spend(0.0, 0.0, taken)
-            return
-        extra = max(timing.seconds - timing.updates * plain, 0.0)
-        self.measuring.spend(measurement.seconds, extra, taken)
+        cost = measurement.measuring_seconds or None
+        if measurement.traced:
+            self.measuring.book(self.updates, 0.0, cost and 0.0)
+        else:
+            self.measuring.book(self.updates, measurement.seconds, cost)
 
     def observe_update(self, norms):
         """Takes in an update made outside of a superbatch, at an epoch's end.
@@ -308,8 +326,8 @@ class Controller:
             smaller=smaller,
             larger=larger,
             step_time=self.step_time,
-            learning_rate=self._last.learning_rate,
-            loss=math.nan if self._last.loss is None else self._last.loss,
+            learning_rate=self.last.learning_rate,
+            loss=math.nan if self.last.loss is None else self.last.loss,
             epoch=self.epoch,
         )
 
@@ -366,7 +384,6 @@ class Controller:
                 else self._known_noise_scale
             ),
             "timings": self.timings.get_state(),
-            "measured_timings": self.measured_timings.get_state(),
             "measuring": self.measuring.get_state(),
             "noise": self._estimator.get_state(),
             "policy": self.policy.get_state(),
@@ -396,7 +413,6 @@ class Controller:
         known = state["known_noise_scale"]
         self._known_noise_scale = math.nan if known is None else known
         self.timings.set_state(state["timings"])
-        self.measured_timings.set_state(state["measured_timings"])
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])

@@ -4,6 +4,7 @@ Gradients are means here. Whatever Keras does to them (the loss scale) is
 undone once, in this module, before anything is squared.
 """
 
+import contextlib
 from typing import Any
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Accumulated(NamedTuple):
             weight, still multiplied by the loss scale.
         loss: Σ cᵢLᵢ, scalar float32.
         sq_norm: Σ cᵢ‖gᵢ‖², scalar float64, loss scale removed.
+        products: Σ (k-1)·(g_k·ḡ_{<k})², likewise; see `MicroBatchNorms`.
         weight: Σ cᵢ, scalar float32.
         examples: Number of examples, scalar int32.
         count: Number of micro-batches, scalar int32.
@@ -35,6 +37,7 @@ class Accumulated(NamedTuple):
     gradients: Any
     loss: tf.Tensor
     sq_norm: tf.Tensor
+    products: tf.Tensor
     weight: tf.Tensor
     examples: tf.Tensor
     count: tf.Tensor
@@ -69,6 +72,7 @@ class GradientAccumulator:
             ],
             loss=tf.zeros((), tf.float32),
             sq_norm=tf.zeros((), tf.float64),
+            products=tf.zeros((), tf.float64),
             weight=tf.zeros((), tf.float32),
             examples=tf.zeros((), tf.int32),
             count=tf.zeros((), tf.int32),
@@ -86,11 +90,17 @@ class GradientAccumulator:
         """
         gradients, loss, weight, examples = self._backward(data)
         scale = self._loss_scale()
+        sq_norm = self._dot(gradients, gradients, scale)
+        product = tf.math.divide_no_nan(
+            self._dot(gradients, total.gradients, scale),
+            tf.cast(total.weight, tf.float64),
+        )
         return Accumulated(
             gradients=self._summed(total.gradients, gradients, weight),
             loss=total.loss + weight * loss,
-            sq_norm=total.sq_norm
-            + tf.cast(weight, tf.float64) * self._sq_norm(gradients, scale),
+            sq_norm=total.sq_norm + tf.cast(weight, tf.float64) * sq_norm,
+            products=total.products
+            + tf.cast(total.count, tf.float64) * tf.square(product),
             weight=total.weight + weight,
             examples=total.examples + examples,
             count=total.count + 1,
@@ -134,17 +144,19 @@ class GradientAccumulator:
                 result.append(total + tf.cast(weight, total.dtype) * gradient)
         return result
 
-    def _sq_norm(self, gradients, scale):
-        """Squared norm, summed in float32 per tensor and float64 over all."""
-        norms = [
-            tf.cast(
-                tf.reduce_sum(tf.square(tf.cast(one, tf.float32) / scale)),
-                tf.float64,
-            )
-            for one, variable in zip(gradients, self._model.trainable_weights)
-            if one is not None and not variable.overwrite_with_gradient
-        ]
-        return tf.add_n(norms) if norms else tf.zeros((), tf.float64)
+    def _dot(self, first, second, scale):
+        """Inner product, in float32 per tensor and float64 over all."""
+        products = []
+        for one, two, variable in zip(
+            first, second, self._model.trainable_weights
+        ):
+            if one is not None and not variable.overwrite_with_gradient:
+                one = tf.cast(one, tf.float32) / scale
+                two = tf.cast(two, tf.float32) / scale
+                products.append(
+                    tf.cast(tf.reduce_sum(one * two), tf.float64)
+                )
+        return tf.add_n(products) if products else tf.zeros((), tf.float64)
 
     def _loss_scale(self):
         return tf.cast(
@@ -164,12 +176,11 @@ class GradientAccumulator:
             rate: A `RateInForce`.
 
         Returns:
-            float64 tensor of shape (4,): the fields of `MicroBatchNorms`.
+            float64 tensor of shape (5,): the fields of `MicroBatchNorms`.
         """
         model = self._model
-        scale = self._loss_scale()
         mean = self._mean(total)
-        norms = self._norms(total, mean, scale)
+        norms = self._norms(total, mean)
         keras_private.track_loss(
             model,
             tf.math.divide_no_nan(total.loss, total.weight),
@@ -180,6 +191,35 @@ class GradientAccumulator:
                 list(zip(mean, model.trainable_weights))
             )
         return norms
+
+    def norms(self, total):
+        """Returns the norms of an update without making it.
+
+        Args:
+            total: An `Accumulated` of at least one micro-batch.
+
+        Returns:
+            float64 tensor of shape (5,): the fields of `MicroBatchNorms`.
+        """
+        return self._norms(total, self._mean(total))
+
+    @contextlib.contextmanager
+    def leaving_no_trace(self):
+        """Puts back what gradients change besides gradients.
+
+        Forward passes move the statistics of BatchNorm, the seeds of dropout
+        and the metrics. Measuring is to leave training as it would have been
+        without, so these are held and assigned again.
+
+        Yields:
+            None.
+        """
+        model = self._model
+        others = [*model.non_trainable_variables, *model.metrics_variables]
+        held = [tf.identity(variable.value) for variable in others]
+        yield
+        for variable, value in zip(others, held):
+            variable.assign(value)
 
     def _mean(self, total):
         """Mean gradients; None where no micro-batch had one."""
@@ -192,14 +232,16 @@ class GradientAccumulator:
                 means[index] = tf.math.divide_no_nan(means[index], weight)
         return means
 
-    def _norms(self, total, mean, scale):
+    def _norms(self, total, mean):
+        scale = self._loss_scale()
         weight = tf.cast(total.weight, tf.float64)
         return tf.stack(
             [
                 tf.math.divide_no_nan(total.sq_norm, weight),
-                self._sq_norm(mean, scale),
+                self._dot(mean, mean, scale),
                 tf.cast(total.examples, tf.float64),
                 tf.cast(total.count, tf.float64),
+                total.products,
             ]
         )
 

@@ -1,11 +1,11 @@
-"""How many updates of a superbatch are spent on measuring gradient noise.
+"""When gradient noise is measured, and what the updates' times were.
 
-Cutting a batch in two halves costs a second pass through the fixed cost of a
-step. On a small model that is half an update, so measuring always would cost
-half of the speed, while a few measurements per thousand updates are enough.
+Measuring a superbatch means computing its gradient once more than training
+does. What that buys grows with the square of the examples in one measurement:
+the estimate of ‖G‖² spreads as φ/examples. Hence rarely, and then on a whole
+superbatch, rather than often on single batches.
 """
 
-import math
 import statistics
 
 from keras_batchsize import _checks
@@ -16,11 +16,11 @@ BUDGET = 0.02
 # Timings remembered per batch size; their median is used.
 _REMEMBERED = 15
 
-# So many measurements are taken at once, one update in `_FIRST_EVERY`, whatever
-# they cost: like tracing, a price paid once, without which a short training
-# would never learn its noise scale.
-_FIRST = 64
-_FIRST_EVERY = 4
+# So many measurements are taken at the start, on every other superbatch and
+# whatever they cost: like tracing, a price paid once, without which a short
+# training would never learn its noise scale.
+_FIRST = 6
+_FIRST_EVERY = 2
 
 
 class Timings:
@@ -68,12 +68,13 @@ class Timings:
 
 
 class MeasuringSchedule:
-    """Says how many updates of the next superbatch are measured.
+    """Says whether the gradient noise of the next superbatch is measured.
 
-    With a number k, one update in k. With "auto", after a first few dozen, as
-    many as 2 % of the training time pay for. One epoch's budget may be spent
-    in advance, since the first estimates are worth most; it is paid back
-    later, so that the share holds for the planned training as a whole.
+    With a number k, when k updates have passed since the last measurement.
+    With "auto", after a first few, when 2 % of the training time have paid for
+    the last one. One epoch's budget may be spent in advance, since the first
+    estimates are worth most; it is paid back later, so that the share holds
+    for the planned training as a whole.
 
     Args:
         every: Integer k >= 1, "auto", or None to measure nothing.
@@ -84,70 +85,65 @@ class MeasuringSchedule:
             every = _checks.positive_int(
                 "measure_every",
                 every,
-                "one update in so many is measured",
+                "the noise is measured after so many updates",
                 'Use measure_every="auto".',
             )
         self.every = every
         self._elapsed = 0.0
         self._spent = 0.0
-        self._due = 0.0
+        self._cost = 0.0
         self._taken = 0
+        self._updates = 0
+        self._superbatches = 0
 
-    def updates_to_measure(self, updates, seconds_ahead, plain, measured):
-        """Returns how many updates of a superbatch to measure.
+    def is_due(self, updates, seconds_ahead):
+        """Returns whether to measure the next superbatch.
 
         Args:
-            updates: Updates in the superbatch.
+            updates: Updates made so far.
             seconds_ahead: Training time whose budget may be spent in advance.
-            plain: Seconds of an update that is not measured, or None.
-            measured: Seconds of a measured update, or None.
-
-        Returns:
-            Integer from 0 to `updates`.
         """
         if self.every is None:
-            return 0
+            return False
         if self.every != "auto":
-            self._due += updates / self.every
-            whole = math.floor(self._due + 1e-9)
-            self._due -= whole
-            return min(whole, updates)
-        if self._taken < _FIRST or plain is None or measured is None:
-            return min(max(updates // _FIRST_EVERY, 1), updates)
+            return updates >= self._updates + self.every
+        if self._taken < _FIRST:
+            return self._superbatches % _FIRST_EVERY == 1
         credit = BUDGET * (self._elapsed + seconds_ahead) - self._spent
-        cost = max(measured - plain, 1e-9)
-        return int(min(max(credit / cost, 0.0), updates))
+        return credit >= self._cost
 
-    def spend(self, elapsed, extra, taken):
+    def book(self, updates, seconds, cost):
         """Books a superbatch.
 
         Args:
-            elapsed: Seconds it took in all.
-            extra: Seconds of it that measuring cost.
-            taken: Updates measured in it.
+            updates: Updates made so far.
+            seconds: Seconds it took in all.
+            cost: Seconds of it that measuring took; None if it was not
+                measured. The first few measurements are not charged.
         """
-        self._elapsed += elapsed
-        if self._taken >= _FIRST:
-            self._spent += extra
-        self._taken += taken
+        self._superbatches += 1
+        self._elapsed += seconds
+        if cost is None:
+            return
+        self._taken += 1
+        self._updates = updates
+        self._cost = cost
+        if self._taken > _FIRST:
+            self._spent += cost
 
     @property
     def share(self):
-        """Share of the training time spent on measuring so far."""
+        """Share of the training time that measuring took so far."""
         return self._spent / self._elapsed if self._elapsed else 0.0
 
     def get_state(self):
         """Returns the account as plain JSON types."""
         return {
-            "elapsed": self._elapsed,
-            "spent": self._spent,
-            "due": self._due,
-            "taken": self._taken,
+            name: value
+            for name, value in vars(self).items()
+            if name.startswith("_")
         }
 
     def set_state(self, state):
         """Takes over what `get_state` returned."""
-        self._elapsed = state["elapsed"]
-        self._spent = state["spent"]
-        self._due = state["due"]
-        self._taken = state["taken"]
+        vars(self).update(state)

@@ -12,20 +12,23 @@ Three traps decide the shape of this module (each has a test):
   changes its meaning when the batch size does.
 - A ratio whose denominator may be zero has no useful value. Such an estimate
   is `resolved=False`, and nobody acts on it.
+
+The precision is not read off the scatter of past measurements, which contains
+the drift of training and needs many of them. Each measurement tells it: from
+how its own parts scatter follows the effective rank of the noise, and from
+that the variance of both moments.
 """
 
 import dataclasses
 import math
 from typing import NamedTuple
 
-# Two standard errors: about 95 % confidence.
-_CONFIDENCE = 2.0
+# The normal quantile of a 95 % interval.
+_NORMAL_QUANTILE = 1.96
 
-# Below this many (effective) measurements their spread is not known either.
-_MINIMUM_MEASUREMENTS = 8.0
-
-# The shortest horizon is preferred once it is known this well.
-_WANTED_RELATIVE_ERROR = 0.25
+# The effective rank is averaged over about so many measurements: it belongs to
+# the model and the data and moves slowly.
+_RANK_MEASUREMENTS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +57,23 @@ class MicroBatchNorms(NamedTuple):
         micro_sq_norm: Σᵢ cᵢ‖gᵢ‖² / Σᵢ cᵢ, in (loss / parameter)².
         mean_sq_norm: ‖Σᵢ cᵢgᵢ / Σᵢ cᵢ‖², same unit.
         examples: Σᵢ cᵢ, examples in the update.
-        count: Number of micro-batches, over all replicas.
+        count: Number n of micro-batches, over all replicas.
+        products: Σ_{k=2..n} (k-1)·(g_k·ḡ_{<k})² with ḡ_{<k} the mean of the
+            gradients before the k-th, in (loss / parameter)⁴. It tells how
+            precise the norms are. None if it was not measured.
     """
 
     micro_sq_norm: float
     mean_sq_norm: float
     examples: float
     count: float
+    products: float | None = None
 
     @property
     def is_finite(self):
-        """Whether both norms are finite numbers."""
-        return math.isfinite(self.micro_sq_norm) and math.isfinite(
-            self.mean_sq_norm
+        """Whether all that was measured is finite."""
+        return math.isfinite(
+            self.micro_sq_norm + self.mean_sq_norm + (self.products or 0.0)
         )
 
 
@@ -113,30 +120,60 @@ def gradient_moments(micro_sq_norm, mean_sq_norm, micro_batch_size, count):
     )
 
 
-class RunningMoments(NamedTuple):
-    """Decayed sums over measurements; a measurement of B examples weighs B.
+def inverse_rank(norms, moments):
+    """Estimates 1/r, r = tr(Σ)²/tr(Σ²) the effective rank of the noise.
 
-    A larger batch measures ‖G‖² more precisely, hence the weight. Dividing by
-    `weight` removes the bias of a young average exactly, whatever the decays
-    were in between.
+    Noise in r equally strong directions has effective rank r, and the scatter
+    of squared norms falls as 1/√r. With n micro-batches of m examples and
+    d_k = (k-1)·g_k·ḡ_{<k}, all d_k have the mean (k-1)‖G‖²; their deviations
+    are uncorrelated with variance (k-1)·tr(Σ²)/m² as far as noise outweighs
+    signal [our algebra; a test compares it with enumeration]. ‖G‖² is fitted,
+    which costs one of the n-1 degrees of freedom.
+
+    Args:
+        norms: A `MicroBatchNorms` with `products`.
+        moments: Its `GradientMoments`.
+
+    Returns:
+        Tuple of the estimate and its degrees of freedom, n-2; (0, 0) where
+        nothing can be said.
+    """
+    freedom = norms.count - 2
+    if norms.products is None or freedom < 1 or moments.trace <= 0.0:
+        return 0.0, 0.0
+    pairs = norms.count * (norms.count - 1) / 2.0
+    deviation = norms.products - pairs * moments.squared_norm**2
+    micro_trace = moments.trace * norms.count / norms.examples
+    return deviation / freedom / micro_trace**2, float(freedom)
+
+
+class RunningMoments(NamedTuple):
+    """Decayed sums over measurements with weights w.
+
+    Dividing by `weight` removes the bias of a young average exactly, whatever
+    the decays were in between. The last four are variances of the first two,
+    times the effective rank; with M examples in n parts and t the level of
+    tr(Σ), a measurement has (Gaussian noise, see `variances`)
+
+        Var ‖G‖² = (2n/(n-1)·(t/M)² + 4‖G‖²·t/M)/r,  Var tr(Σ) = 2t²/(n-1)/r.
 
     Attributes:
         weight: Σw.
-        weight_squared: Σw², which tells how many measurements count.
         squared_norm: Σw·x with x = ‖G‖² of a measurement.
         trace: Σw·y with y = tr(Σ).
-        squared_norm_2: Σw·x².
-        trace_2: Σw·y².
-        product: Σw·x·y.
+        noise_noise: Σw²·2n/(n-1)·(t/M)².
+        signal_noise: Σw²·4t/M.
+        trace_variance: Σw²·2t²/(n-1).
+        covariance: -Σw²·2t²/(n-1)/M.
     """
 
     weight: float = 0.0
-    weight_squared: float = 0.0
     squared_norm: float = 0.0
     trace: float = 0.0
-    squared_norm_2: float = 0.0
-    trace_2: float = 0.0
-    product: float = 0.0
+    noise_noise: float = 0.0
+    signal_noise: float = 0.0
+    trace_variance: float = 0.0
+    covariance: float = 0.0
 
 
 def decayed(running, examples, horizon):
@@ -151,32 +188,38 @@ def decayed(running, examples, horizon):
         The `RunningMoments` with all weights reduced.
     """
     keep = math.exp(-examples / horizon)
-    sums = [keep * value for value in running]
-    sums[1] = keep * sums[1]  # The sum of squared weights decays twice.
-    return RunningMoments(*sums)
+    # Variances carry the weight twice.
+    return RunningMoments(
+        *(keep * one for one in running[:3]),
+        *(keep * keep * one for one in running[3:]),
+    )
 
 
-def averaged(running, moments, weight):
+def averaged(running, moments, weight, examples, count, level):
     """Adds one measurement to the sums.
 
     Args:
         running: A `RunningMoments`.
-        moments: The `GradientMoments` of one update, signed as they are.
-        weight: Examples in that update.
+        moments: The `GradientMoments` of the measurement, signed as they are.
+        weight: Positive float that does not depend on `moments`.
+        examples: Examples M in the measurement.
+        count: Number n of its parts.
+        level: Level t of tr(Σ), positive.
 
     Returns:
         The new `RunningMoments`.
     """
-    x, y = moments.squared_norm, moments.trace
-    return RunningMoments(
-        running.weight + weight,
-        running.weight_squared + weight * weight,
-        running.squared_norm + weight * x,
-        running.trace + weight * y,
-        running.squared_norm_2 + weight * x * x,
-        running.trace_2 + weight * y * y,
-        running.product + weight * x * y,
+    share, spread = level / examples, 2.0 * level**2 / (count - 1)
+    added = (
+        weight,
+        weight * moments.squared_norm,
+        weight * moments.trace,
+        weight**2 * 2.0 * count / (count - 1) * share**2,
+        weight**2 * 4.0 * share,
+        weight**2 * spread,
+        -(weight**2) * spread / examples,
     )
+    return RunningMoments(*(a + b for a, b in zip(running, added)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +235,8 @@ class NoiseScaleEstimate:
         standard_error: Of `value`, in examples, by the delta method.
         lower: Lower end of the 95 % interval, in examples.
         upper: Upper end, in examples. Infinite while not resolved.
-        resolved: Whether ‖G‖² differs from zero by more than two standard
-            errors, so that the interval is finite. Nothing may be decided on
+        resolved: Whether ‖G‖² differs from zero at 95 % confidence, so that
+            the interval is finite. Nothing may be decided on
             an estimate that is not resolved.
         squared_norm: ‖G‖² in (loss / parameter)², the denominator.
         trace: tr(Σ), the numerator, same unit.
@@ -219,17 +262,19 @@ UNKNOWN = NoiseScaleEstimate(
 )
 
 
-def estimate(running):
+def estimate(running, rank_inverse, freedom):
     """Divides the averages, with the confidence interval of a ratio.
 
     The interval is Fieller's (1954): the set of ratios r for which
-    tr(Σ) - r‖G‖² does not differ from zero by more than two standard errors.
-    It takes into account that both averages come from the same gradients, and
-    it says by itself when the data do not bound the ratio: then the
-    denominator cannot be told from zero.
+    tr(Σ) - r‖G‖² does not differ from zero at 95 % confidence, with Student's
+    quantile for how well the variance is known. It takes into account that
+    both averages come from the same gradients, and it says by itself when the
+    data do not bound the ratio: then the denominator cannot be told from zero.
 
     Args:
         running: A `RunningMoments`.
+        rank_inverse: 1/r, the inverse of the effective rank of the noise.
+        freedom: Degrees of freedom of that number.
 
     Returns:
         A `NoiseScaleEstimate`.
@@ -238,16 +283,29 @@ def estimate(running):
         return UNKNOWN
     x = running.squared_norm / running.weight
     y = running.trace / running.weight
-    share = running.weight_squared / running.weight**2  # 1 / measurements
-    if share * _MINIMUM_MEASUREMENTS > 1.0:
+    if freedom <= 0.0:
         return _unresolved(x, y, 0.0)
-    # Variance of a weighted mean with the bias of the weighted variance
-    # removed: s²·Σw²/(Σw)² with s² = Σw(x - mean)²/Σw / (1 - Σw²/(Σw)²).
-    spread = share / (1.0 - share)
-    var_x = max(running.squared_norm_2 / running.weight - x * x, 0.0) * spread
-    var_y = max(running.trace_2 / running.weight - y * y, 0.0) * spread
-    cov = (running.product / running.weight - x * y) * spread
-    return _fieller(x, y, var_x, var_y, cov)
+    factor = min(max(rank_inverse, 1e-12), 1.0) / running.weight**2
+    var_x = running.noise_noise + running.signal_noise * max(x, 0.0)
+    return _fieller(
+        (x, y),
+        factor * var_x,
+        factor * running.trace_variance,
+        factor * running.covariance,
+        _quantile(freedom),
+    )
+
+
+def _quantile(freedom):
+    """Student's 97.5 % quantile, for a variance that is estimated itself.
+
+    Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5) to second order:
+    3.06 for 3 degrees of freedom (exact: 3.18), 2.23 for 10 (2.23).
+    """
+    z = _NORMAL_QUANTILE
+    first = (z**3 + z) / 4.0
+    second = (5.0 * z**5 + 16.0 * z**3 + 3.0 * z) / 96.0
+    return z + first / freedom + second / freedom**2
 
 
 def _unresolved(x, y, lower):
@@ -260,12 +318,13 @@ def _unresolved(x, y, lower):
     )
 
 
-def _fieller(x, y, var_x, var_y, cov):
-    z2 = _CONFIDENCE**2
+def _fieller(averages, var_x, var_y, cov, quantile):
+    x, y = averages
+    z2 = quantile**2
     significant = x * x - z2 * var_x
     if x <= 0.0 or significant <= 0.0 or y <= 0.0:
-        high = x + _CONFIDENCE * math.sqrt(var_x)
-        low = y - _CONFIDENCE * math.sqrt(var_y)
+        high = x + quantile * math.sqrt(var_x)
+        low = y - quantile * math.sqrt(var_y)
         bound = max(low, 0.0) / high if high > 0.0 else 0.0
         return _unresolved(x, y, bound)
     middle = x * y - z2 * cov
@@ -289,16 +348,34 @@ class NoiseScaleEstimator:
 
     A short horizon follows the training, a long one sees through more noise.
     Instead of a fixed compromise the same measurements are averaged over a
-    few horizons; the answer is the shortest horizon whose relative standard
-    error is at most 25 %, else the longest.
+    few horizons; the answer is the shortest horizon that is resolved, else
+    the longest. A young training moves φ by a factor of five in an epoch: what
+    a long average gains in precision it loses in being out of date.
+
+    Horizons are examples, so that they keep their meaning when the batch size
+    changes; each is stretched where measurements are so rare that it would
+    not hold enough of them.
+
+    Gradients shrink by orders of magnitude while a model learns. So that the
+    first, largest ones do not outvote all later ones, a measurement weighs
+    its examples divided by the level of tr(Σ) at the time. The level is taken
+    from *earlier* measurements: a weight that does not depend on what it
+    weighs leaves the averages unbiased.
 
     Args:
         horizons: Increasing sequence of horizons, in examples.
+        measurements: Sequence of the same length: the fewest measurements
+            that a horizon must hold, 0 for no such bound.
     """
 
-    def __init__(self, horizons):
+    def __init__(self, horizons, measurements=None):
         self.horizons = tuple(float(horizon) for horizon in horizons)
+        self.measurements = tuple(measurements or [0] * len(self.horizons))
         self._running = [RunningMoments() for _ in self.horizons]
+        self._rank = (0.0, 0.0)
+        self._level = 0.0
+        self._since = 0.0
+        self._spacing = 0.0
         self.skipped = 0
 
     def add(self, norms, examples):
@@ -311,31 +388,60 @@ class NoiseScaleEstimator:
             norms: Iterable of `MicroBatchNorms`, each with `count` >= 2.
             examples: Examples seen since the last call, measured or not.
         """
-        self._running = [
-            decayed(running, examples, horizon)
-            for running, horizon in zip(self._running, self.horizons)
-        ]
+        self._since += examples
         for one in norms:
             if not one.is_finite:
                 self.skipped += 1
                 continue
-            moments = gradient_moments(
-                one.micro_sq_norm,
-                one.mean_sq_norm,
-                one.examples / one.count,
-                one.count,
+            self._add_one(one)
+
+    def _add_one(self, norms):
+        self._pass()
+        moments = gradient_moments(
+            norms.micro_sq_norm,
+            norms.mean_sq_norm,
+            norms.examples / norms.count,
+            norms.count,
+        )
+        trace = max(moments.trace, 0.0)
+        weight = norms.examples / (self._level or trace or 1.0)
+        self._level = (self._level + trace) / 2.0 if self._level else trace
+        self._running = [
+            averaged(
+                running,
+                moments,
+                weight,
+                norms.examples,
+                norms.count,
+                self._level,
             )
-            self._running = [
-                averaged(running, moments, one.examples)
-                for running in self._running
-            ]
+            for running in self._running
+        ]
+        one, freedom = inverse_rank(norms, moments)
+        if freedom:
+            keep = 1.0 - 1.0 / _RANK_MEASUREMENTS
+            total, known = self._rank
+            self._rank = (keep * total + freedom * one, keep * known + freedom)
+
+    def _pass(self):
+        """Lets the examples since the last measurement pass."""
+        since, self._since = self._since, 0.0
+        spacing = (self._spacing + since) / 2.0 if self._spacing else since
+        self._spacing = spacing
+        self._running = [
+            decayed(running, since, max(horizon, fewest * spacing))
+            for running, horizon, fewest in zip(
+                self._running, self.horizons, self.measurements
+            )
+        ]
 
     def estimate(self):
         """Returns the `NoiseScaleEstimate` of the best horizon."""
+        total, freedom = self._rank
+        rank_inverse = total / freedom if freedom else 0.0
         for running in self._running:
-            candidate = estimate(running)
-            wanted = _WANTED_RELATIVE_ERROR * candidate.value
-            if candidate.resolved and candidate.standard_error <= wanted:
+            candidate = estimate(running, rank_inverse, freedom)
+            if candidate.resolved:
                 return candidate
         return candidate
 
@@ -344,6 +450,10 @@ class NoiseScaleEstimator:
         return {
             "horizons": list(self.horizons),
             "running": [list(running) for running in self._running],
+            "rank": list(self._rank),
+            "level": self._level,
+            "since": self._since,
+            "spacing": self._spacing,
             "skipped": self.skipped,
         }
 
@@ -351,4 +461,8 @@ class NoiseScaleEstimator:
         """Takes over what `get_state` returned."""
         self.horizons = tuple(state["horizons"])
         self._running = [RunningMoments(*sums) for sums in state["running"]]
+        self._rank = tuple(state["rank"])
+        self._level = state["level"]
+        self._since = state["since"]
+        self._spacing = state["spacing"]
         self.skipped = state["skipped"]

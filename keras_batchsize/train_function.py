@@ -157,42 +157,27 @@ class AdaptiveTrainFunction:
         total = int(slicing.count_examples(data))
         self._prepare(data, total)
         self._decide()
-        plan, rate = self.controller.plan, self._rate()
-        traces = self._graphs.traces
-        started = time.perf_counter()
-        end = self._measured_until(total, plan)
-        rows, measured_seconds, split_traces = [], 0.0, 0
-        if end > 0:
-            logs, used, rows = self._split(data, end, plan, rate)
-            measured_seconds = time.perf_counter() - started
-            split_traces = self._graphs.traces - traces
-        if end < total:
-            began = time.perf_counter()
-            logs, used = self._plain(data, end, total, plan.batch_size, rate)
-            loss = _scalar(logs, "loss")  # Waits for the device to finish.
-            plain_seconds = time.perf_counter() - began
-        traced = self._graphs.traces > traces
-        size, plain = plan.batch_size, Timing()
-        if end < total and self._graphs.traces == traces + split_traces:
+        began, traces = time.perf_counter(), self._graphs.traces
+        norms = self._measure(data, total)
+        measured, half_traces = time.perf_counter(), self._graphs.traces
+        logs, used, free_norms, updates = self._update(data, total)
+        loss = _scalar(logs, "loss")  # Waits for the device to finish.
+        ended, end_traces = time.perf_counter(), self._graphs.traces
+        timing = Timing()
+        if end_traces == half_traces:
             # Waiting for data belongs to every example alike.
-            share = waited * (total - end) / total
-            plain = Timing(plain_seconds + share, (total - end) / size)
-        if plan.accumulation_steps > 1 and not traced:
-            plain = Timing(measured_seconds + waited, total / size)
-        measured = Timing()
-        if end and not split_traces and plan.accumulation_steps == 1:
-            share = waited * end / total
-            measured = Timing(measured_seconds + share, end / size)
+            size = self.controller.batch_size
+            timing = Timing(ended - measured + waited, total / size)
         self._report(
             Measurement(
                 examples=total,
-                updates=len(rows) + math.ceil((total - end) / size),
-                norms=tuple(row for row in rows if row.count >= 2),
-                plain=plain,
-                measured=measured,
-                seconds=time.perf_counter() - started + waited,
-                traced=traced,
-                loss=_scalar(logs, "loss"),
+                updates=updates,
+                norms=(*norms, *free_norms),
+                timing=timing,
+                measuring_seconds=measured - began if norms else 0.0,
+                seconds=ended - began + waited,
+                traced=end_traces > traces,
+                loss=loss,
                 learning_rate=float(used),
             )
         )
@@ -212,7 +197,6 @@ class AdaptiveTrainFunction:
         graphs.build(slicing.examples(data, 0, min(total, 1)))
         if splits:
             exactness.check_loss(self._model, graphs.normaliser, data)
-            self._pending = None
         self._graphs = graphs
 
     def _start_controller(self, total):
@@ -280,17 +264,13 @@ class AdaptiveTrainFunction:
             )
         self._factor = factor
 
-    def _measured_until(self, total, plan):
-        """Returns how many leading examples are trained on measured."""
-        size = plan.batch_size
-        if plan.accumulation_steps > 1:
-            return total  # Free: the gradients are summed anyway.
-        if not self.controller.measures or size < 2:
-            return 0
-        updates = self.controller.updates_to_measure(
-            total // size, self._examples_ahead(total)
-        )
-        return updates * size
+    def _measure(self, data, total):
+        """Measures gradient noise on the superbatch, if it is time to."""
+        controller = self.controller
+        if not controller.wants_measurement(total, self._examples_ahead(total)):
+            return ()
+        row = self._graphs.measure(data, controller.examples_to_measure)
+        return (MicroBatchNorms(*np.asarray(row).tolist()),)
 
     def _examples_ahead(self, total):
         """Examples whose measuring budget may be spent in advance."""
@@ -306,37 +286,42 @@ class AdaptiveTrainFunction:
             return math.inf
         return self._steps * self.controller.superbatch_size
 
-    def _plain(self, data, start, stop, size, rate):
-        whole = stop
-        if self._graphs.compiles:
-            # XLA makes a graph per shape; the ragged tail goes without it.
-            data = self._one_shape(data, stop)
-            whole = start + (stop - start) // size * size
-        if whole > start:
-            logs, used = self._graphs.plain(data, start, whole, size, rate)
-        if whole < stop:
-            logs, used = self._graphs.plain(data, whole, stop, size, rate)
-        return logs, used
+    def _update(self, data, total):
+        """Trains on the superbatch.
 
-    def _one_shape(self, data, total):
-        size = self.controller.superbatch_size
-        return data if total == size else slicing.padded(data, size)
-
-    def _split(self, data, stop, plan, rate):
-        total = self._pending or self._graphs.zeros()
-        micro = plan.micro_batch_size
-        if plan.accumulation_steps == 1:
-            micro = _part_of(micro, self._graphs.compiles)
+        Returns:
+            Tuple of logs, the rate of the last update, a list of the
+            `MicroBatchNorms` that came free, and the number of updates.
+        """
+        plan, rate = self.controller.plan, self._rate()
+        if self._graphs.compiles and total != self.controller.superbatch_size:
+            # XLA makes a graph per shape: all superbatches get the same.
+            data = slicing.padded(data, self.controller.superbatch_size)
+        if plan.accumulation_steps > 1:
+            return self._accumulate(data, total, plan, rate)
+        size, whole = plan.batch_size, total
         if self._graphs.compiles:
-            data = self._one_shape(data, stop)
+            whole = total // size * size  # The ragged tail goes without it.
+        if whole:
+            logs, used = self._graphs.plain(data, 0, whole, size, rate)
+        if whole < total:
+            logs, used = self._graphs.plain(data, whole, total, size, rate)
+        return logs, used, [], math.ceil(total / size)
+
+    def _accumulate(self, data, total, plan, rate):
+        sums = self._pending or self._graphs.zeros()
         last = self._steps is not None and self._step + 1 >= self._steps
-        finish = plan.accumulation_steps == 1 or last
-        logs, used, total, rows = self._graphs.split(
-            total, data, 0, stop, (plan.batch_size, micro), finish, rate
+        logs, used, sums, rows = self._graphs.accumulate(
+            sums,
+            data,
+            total,
+            (plan.batch_size, plan.micro_batch_size),
+            last,
+            rate,
         )
         rows = [MicroBatchNorms(*row) for row in np.asarray(rows).tolist()]
-        self._pending = total if int(total.count) else None
-        return logs, used, rows
+        self._pending = sums if int(sums.count) else None
+        return logs, used, [row for row in rows if row.count >= 2], len(rows)
 
     def finish_pending(self):
         """Makes the update of a batch that the end of an epoch cut short."""
@@ -374,21 +359,6 @@ class AdaptiveTrainFunction:
     def factor(self):
         """The learning-rate factor in force, warm-up included."""
         return self._factor
-
-
-def _part_of(batch_size, divides):
-    """Size of the parts that a batch is cut into to measure it.
-
-    Two halves are, within a factor √2, as good as any number of parts (the
-    spread of the ‖G‖² estimate falls with n as √(n/(n - 1))). Where shapes
-    are static the parts must be equal.
-    """
-    if not divides:
-        return math.ceil(batch_size / 2)
-    parts = 2
-    while batch_size % parts:
-        parts += 1
-    return batch_size // parts
 
 
 def _scalar(logs, name):

@@ -1,0 +1,198 @@
+"""Seconds, examples and updates to a test accuracy, method by method.
+
+Three sweeps on the same data, models and seeds:
+
+- `plain`: `model.fit` at fixed sizes, the rate scaled linearly from 32;
+- `loop`: the same sizes through the trainer with policy="fixed", which shows
+  what the loop alone gains;
+- policies, started from 32 with one rate, untuned.
+
+The test set is looked at every `--interval` examples, off the clock. Tracing
+is off the clock, too, and printed beside it: the step in which a graph was
+traced counts as long as the others of its size.
+
+    python benchmarks/time_to_target.py --model mlp --seeds 3
+"""
+
+import argparse
+import statistics
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+import workloads
+
+import keras_batchsize as kb
+
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
+BASE = 32
+METHODS = (
+    ("goodput", "auto"),
+    ("goodput", "adascale"),
+    ("goodput", "sqrt"),
+    ("noise_scale", "linear"),
+    ("norm_test", "linear"),
+    ("cosine", "linear"),
+    ("cabs", "linear"),
+    ("diversity", "linear"),
+    ("plateau", "none"),
+)
+
+
+class Clock(keras.callbacks.Callback):
+    """Times training steps and stops at the target.
+
+    Args:
+        data: Test set.
+        target: Accuracy to reach.
+        interval: Examples between two looks at the test set.
+        batch_size: Examples per Keras step under plain `fit`.
+    """
+
+    def __init__(self, data, target, interval, batch_size):
+        super().__init__()
+        self._data, self._target = data, target
+        self._interval, self._batch_size = interval, batch_size
+        self.examples = self.updates = 0
+        self.reached = False
+        self.tracing = 0.0
+        self._steps, self._next = [], interval
+
+    def on_train_begin(self, logs=None):
+        """Makes the function that looks at the test set."""
+        model, (x, y) = self.model, self._data
+
+        @tf.function
+        def accuracy():
+            answers = tf.argmax(model(x, training=False), axis=1)
+            right = tf.cast(answers, y.dtype) == y
+            return tf.reduce_mean(tf.cast(right, tf.float32))
+
+        self._accuracy = accuracy
+        accuracy()
+        self._started = time.perf_counter()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Books the step; looks at the test set off the clock."""
+        now = time.perf_counter()
+        seconds, self._started = now - self._started, now
+        examples, size, traced = self._step()
+        self._steps.append((seconds, examples, size, traced))
+        self.examples += examples
+        if self.examples >= self._next:
+            self._next += self._interval
+            self.reached = float(self._accuracy()) >= self._target
+            self.model.stop_training = self.reached
+        self._started = time.perf_counter()
+
+    def _step(self):
+        function = self.model.train_function
+        if not isinstance(function, kb.train_function.AdaptiveTrainFunction):
+            self.updates += 1
+            return self._batch_size, self._batch_size, not self._steps
+        controller = function.controller
+        self.updates = controller.updates
+        last = controller.last
+        return last.examples, controller.batch_size, last.traced
+
+    def seconds(self):
+        """Seconds of training, without tracing."""
+        rates = {}
+        for seconds, examples, size, traced in self._steps:
+            if not traced:
+                rates.setdefault(size, []).append(seconds / examples)
+        total = 0.0
+        for seconds, examples, size, traced in self._steps:
+            if traced:
+                rate = statistics.median(rates.get(size, [0.0]))
+                self.tracing += seconds - rate * examples
+                seconds = rate * examples
+            total += seconds
+        return total
+
+
+def run(options, data, seed, method, size):
+    """Trains once; returns (seconds, examples, updates, tracing seconds)."""
+    train, test = data
+    rate = options.learning_rate * size / BASE
+    model = workloads.make(
+        options.model, train[0].shape[1], seed, learning_rate=rate
+    )
+    clock = Clock(test, options.target, options.interval, size)
+    arguments = dict(
+        epochs=options.epochs, batch_size=size, verbose=0, callbacks=[clock]
+    )
+    if method == "plain":
+        model.fit(*train, **arguments)
+    elif method == "loop":
+        kb.fit(model, *train, policy="fixed", **arguments)
+    else:
+        policy, rule = method.split("/")
+        if policy == "plateau":
+            policy = kb.policies.GrowOnPlateau(monitor="loss", patience=1)
+        trainer = kb.AdaptiveTrainer(model, policy, rule, verbose=0)
+        trainer.fit(*train, **arguments)
+        if options.verbose:
+            trainer.report.summary(print_fn=print)
+    seconds = clock.seconds()
+    if not clock.reached:
+        return np.inf, np.inf, np.inf, clock.tracing
+    return seconds, clock.examples, clock.updates, clock.tracing
+
+
+def measure(options):
+    """Runs all methods and prints a line each, medians over the seeds."""
+    data = workloads.load(options.data, options.path)
+    wanted = [("plain", size) for size in SIZES]
+    wanted += [("loop", size) for size in SIZES]
+    wanted += [(f"{policy}/{rule}", BASE) for policy, rule in METHODS]
+    if options.only:
+        wanted = [
+            one for one in wanted if f"{one[0]}-{one[1]}" in options.only
+        ]
+    print(
+        f"{options.model} on {options.data}, {options.target:.1%} test "
+        f"accuracy, rate {options.learning_rate} at {BASE}, median of "
+        f"{options.seeds} seeds\n\n"
+        "| method | from | seconds | (min to max) | examples | updates "
+        "| tracing s |\n|---|---|---|---|---|---|---|"
+    )
+    for method, size in wanted:
+        runs = [
+            run(options, data, seed, method, size)
+            for seed in range(options.seeds)
+        ]
+        seconds, examples, updates, tracing = map(sorted, zip(*runs))
+        middle = len(runs) // 2
+        print(
+            f"| {method} | {size} | {seconds[middle]:.2f} | "
+            f"{seconds[0]:.2f} to {seconds[-1]:.2f} | "
+            f"{examples[middle]:,.0f} | {updates[middle]:,.0f} | "
+            f"{tracing[middle]:.1f} |",
+            flush=True,
+        )
+
+
+def main():
+    """Reads the options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=workloads.MODELS, default="mlp")
+    parser.add_argument("--data", choices=("mnist", "digits"), default="mnist")
+    parser.add_argument("--path", help="file that holds MNIST")
+    parser.add_argument("--target", type=float, default=0.975)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--interval", type=int, default=6000)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="such as loop-32")
+    parser.add_argument("--verbose", action="store_true")
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
