@@ -24,8 +24,8 @@ class Accumulated(NamedTuple):
     the sum of its weights) and gᵢ its gradient:
 
     Attributes:
-        gradients: List of Σ cᵢgᵢ, one dense float tensor per trainable
-            weight, still multiplied by the loss scale.
+        gradients: List of Σ cᵢgᵢ, one dense tensor per trainable weight, of
+            float32 at least, still multiplied by the loss scale.
         loss: Σ cᵢLᵢ, scalar float32.
         sq_norm: Σ cᵢ‖gᵢ‖², scalar float64, loss scale removed.
         products: Σ (k-1)·(g_k·ḡ_{<k})², likewise; see `MicroBatchNorms`.
@@ -67,7 +67,7 @@ class GradientAccumulator:
         """Returns the `Accumulated` of no micro-batch."""
         return Accumulated(
             gradients=[
-                tf.zeros(weight.shape, weight.dtype)
+                tf.zeros(weight.shape, _sum_dtype(weight))
                 for weight in self._model.trainable_weights
             ],
             loss=tf.zeros((), tf.float32),
@@ -141,7 +141,10 @@ class GradientAccumulator:
                 # which Keras keeps the largest (base_optimizer.py).
                 result.append(tf.maximum(total, gradient))
             else:
-                result.append(total + tf.cast(weight, total.dtype) * gradient)
+                weighted = tf.cast(weight, total.dtype) * tf.cast(
+                    gradient, total.dtype
+                )
+                result.append(total + weighted)
         return result
 
     def _dot(self, first, second, scale):
@@ -217,9 +220,11 @@ class GradientAccumulator:
         model = self._model
         others = [*model.non_trainable_variables, *model.metrics_variables]
         held = [tf.identity(variable.value) for variable in others]
-        yield
-        for variable, value in zip(others, held):
-            variable.assign(value)
+        try:
+            yield
+        finally:
+            for variable, value in zip(others, held):
+                variable.assign(value)
 
     def _mean(self, total):
         """Mean gradients; None where no micro-batch had one."""
@@ -230,6 +235,7 @@ class GradientAccumulator:
             if not variable.overwrite_with_gradient:
                 weight = tf.cast(total.weight, means[index].dtype)
                 means[index] = tf.math.divide_no_nan(means[index], weight)
+            means[index] = tf.cast(means[index], variable.dtype)
         return means
 
     def _norms(self, total, mean):
@@ -244,6 +250,11 @@ class GradientAccumulator:
                 total.products,
             ]
         )
+
+
+def _sum_dtype(variable):
+    """Half precision overflows or stalls in a sum of many gradients."""
+    return "float64" if variable.dtype == "float64" else "float32"
 
 
 def _dense(gradient, variable):

@@ -101,13 +101,16 @@ def base_rate(held, base_step):
         base_step: Step that a schedule is asked for.
 
     Returns:
-        Scalar tensor.
+        Scalar tensor of a floating type, float64 under such a `floatx`.
     """
     if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
-        return held(base_step)
-    if isinstance(held, keras.Variable):
-        return held.value
-    return held() if callable(held) else held
+        rate = held(base_step)
+    elif isinstance(held, keras.Variable):
+        rate = held.value
+    else:
+        rate = held() if callable(held) else held
+    rate = tf.convert_to_tensor(rate)
+    return rate if rate.dtype.is_floating else tf.cast(rate, tf.float32)
 
 
 @contextlib.contextmanager
@@ -124,7 +127,7 @@ def applied(optimizer, rate):
 
     def replacement(held):
         base = base_rate(held, rate.base_step)
-        return tf.cast(base, rate.factor.dtype) * rate.factor
+        return base * tf.cast(rate.factor, base.dtype)
 
     with contextlib.ExitStack() as stack:
         for one in optimizers_inside(optimizer) if optimizer else ():
