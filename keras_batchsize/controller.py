@@ -5,7 +5,6 @@ superbatch and holds the batch size, the learning-rate factor and the clocks;
 it knows nothing of TensorFlow, and its state is plain JSON.
 """
 
-import dataclasses
 import math
 
 from keras_batchsize import noise
@@ -16,6 +15,8 @@ from keras_batchsize.measuring import MeasuringSchedule
 from keras_batchsize.measuring import Timings
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import plan_for
+from keras_batchsize.records import Decision
+from keras_batchsize.records import Measurement
 
 # Horizons of the noise scale, in superbatches (an epoch has about 16 to 32),
 # and the fewest measurements that each must hold.
@@ -27,68 +28,8 @@ _FEWEST_MEASURED = 64
 
 # After a change the size is held for so many superbatches and updates, in
 # which its speed is timed and the estimate gets used to the new weights.
-_DWELL_SUPERBATCHES = 2
+_DWELL_SUPERBATCHES = 3
 _DWELL_UPDATES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Time of some full-sized updates; zero updates if none was timed.
-
-    Attributes:
-        seconds: Wall time of all of them.
-        updates: How many updates, a float where an update is in progress.
-    """
-
-    seconds: float = 0.0
-    updates: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What the train function reports about one superbatch.
-
-    Attributes:
-        examples: Examples in it.
-        updates: Optimizer updates finished in it.
-        norms: Tuple of `MicroBatchNorms`: one of the superbatch, if it was
-            measured, and one of each update that was accumulated.
-        timing: `Timing` of the updates. Empty if they were traced first.
-        measuring_seconds: Seconds that measuring took, tracing included.
-        seconds: Wall time of the superbatch, waiting for data included.
-        traced: Whether the time contains tracing or compiling.
-        loss: Mean loss of the epoch so far. None if there is none.
-        learning_rate: The rate in force at its end.
-    """
-
-    examples: int
-    updates: int
-    norms: tuple = ()
-    timing: Timing = Timing()
-    measuring_seconds: float = 0.0
-    seconds: float = 0.0
-    traced: bool = False
-    loss: float | None = None
-    learning_rate: float = math.nan
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """A change of the batch size.
-
-    Attributes:
-        old_batch_size: Examples per update before.
-        new_batch_size: Examples per update from now on.
-        noise_scale: φ in examples, NaN if not resolved.
-        predicted_speedup: Predicted goodput ratio, NaN if not known.
-        reason: A few words.
-    """
-
-    old_batch_size: int
-    new_batch_size: int
-    noise_scale: float
-    predicted_speedup: float
-    reason: str
 
 
 class Controller:
@@ -122,8 +63,11 @@ class Controller:
         self.examples = 0
         self.updates = 0
         self.base_steps = 0
+        # Step of a learning-rate schedule at which this training began.
+        self.first_step = 0
         self.epoch = 0
         self.timings = Timings()
+        self._step_time = None
         self.measuring = MeasuringSchedule(measure_every)
         self._estimator = noise.NoiseScaleEstimator(
             [superbatch_size * horizon for horizon in _HORIZONS],
@@ -176,6 +120,9 @@ class Controller:
     @property
     def step_time(self):
         """The fitted `StepTime`, or None before the first timed update."""
+        return self._step_time
+
+    def _fit_step_time(self):
         sizes, seconds = self.timings.samples()
         if not sizes:
             return None
@@ -247,6 +194,7 @@ class Controller:
         if measurement.timing.updates > 0:
             timing = measurement.timing
             self.timings.add(size, timing.seconds / timing.updates)
+            self._step_time = self._fit_step_time()
         self._book(measurement)
         # A loss of NaN is a diverged model; one without any loss is not.
         self._healthy = (
@@ -256,11 +204,12 @@ class Controller:
 
     def _book(self, measurement):
         """Books what measuring cost; tracing is no cost of measuring."""
+        before = self.updates - measurement.updates
         cost = measurement.measuring_seconds or None
         if measurement.traced:
-            self.measuring.book(self.updates, 0.0, cost and 0.0)
+            self.measuring.book(before, 0.0, cost and 0.0)
         else:
-            self.measuring.book(self.updates, measurement.seconds, cost)
+            self.measuring.book(before, measurement.seconds, cost)
 
     def observe_update(self, norms):
         """Takes in an update made outside of a superbatch, at an epoch's end.
@@ -376,13 +325,13 @@ class Controller:
             "examples": self.examples,
             "updates": self.updates,
             "base_steps": self.base_steps,
+            "first_step": self.first_step,
             "epoch": self.epoch,
             "changed_at": list(self._changed_at),
-            "known_noise_scale": (
-                None
-                if math.isnan(self._known_noise_scale)
-                else self._known_noise_scale
-            ),
+            "known_noise_scale": _finite_or_none(self._known_noise_scale),
+            "healthy": self._healthy,
+            "loss": _finite_or_none(self.last.loss),
+            "learning_rate": _finite_or_none(self.last.learning_rate),
             "timings": self.timings.get_state(),
             "measuring": self.measuring.get_state(),
             "noise": self._estimator.get_state(),
@@ -407,12 +356,29 @@ class Controller:
                 f"{state['base_batch_size']}."
             )
         self.batch_size = self.ladder.nearest(state["batch_size"])
-        for name in ("examples", "updates", "base_steps", "epoch"):
+        for name in ("examples", "updates", "base_steps", "first_step"):
             setattr(self, name, state[name])
+        self.epoch = state["epoch"]
         self._changed_at = tuple(state["changed_at"])
-        known = state["known_noise_scale"]
-        self._known_noise_scale = math.nan if known is None else known
+        self._known_noise_scale = _nan_if_none(state["known_noise_scale"])
+        self._healthy = state["healthy"]
+        self.last = Measurement(
+            0,
+            0,
+            loss=state["loss"],
+            learning_rate=_nan_if_none(state["learning_rate"]),
+        )
         self.timings.set_state(state["timings"])
+        self._step_time = self._fit_step_time()
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])
+
+
+def _finite_or_none(value):
+    """JSON has neither NaN nor infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _nan_if_none(value):
+    return math.nan if value is None else value

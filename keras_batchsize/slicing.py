@@ -33,6 +33,15 @@ def count_examples(data):
     return tf.shape(leaf)[0]
 
 
+def number_of_examples(data):
+    """Returns the number of examples in eager data, as a Python integer."""
+    leaf = next(
+        leaf for leaf in keras.tree.flatten(data) if leaf is not None
+    )
+    size = leaf.shape[0]
+    return int(count_examples(data)) if size is None else int(size)
+
+
 def examples(data, start, size):
     """Returns `size` examples from `start` on.
 

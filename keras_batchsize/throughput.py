@@ -8,6 +8,7 @@ example falls as 1/(φ + B), examples per second rise as B/(a + c·B).
 
 import dataclasses
 import math
+import statistics
 
 import numpy as np
 
@@ -78,33 +79,38 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
             f"to them. Received: seconds={seconds!r}. Leave out updates that "
             "were not timed."
         )
-    distinct = np.unique(sizes)
-    medians = np.array(
-        [
-            np.quantile(times[sizes == one], 0.5, method="lower")
-            for one in distinct
-        ]
-    )
-    pieces = np.maximum(distinct / largest, 1.0)
-    if np.unique(np.minimum(distinct, largest)).size == 1:
-        half = np.median(medians / pieces) / 2.0
-        return StepTime(
-            float(half), float(half / min(distinct[0], largest)), largest
-        )
-    # Relative residuals: each row of the system is divided by its time.
-    system = np.stack([pieces / medians, distinct / medians], axis=1)
-    target = np.ones_like(medians)
-    fixed, per_example = np.linalg.lstsq(system, target, rcond=None)[0]
+    groups = {}
+    for size, one in zip(sizes.tolist(), times.tolist()):
+        groups.setdefault(size, []).append(one)
+    points = [
+        (max(size / largest, 1.0), size, statistics.median_low(one), len(one))
+        for size, one in sorted(groups.items())
+    ]
+    if len({min(size, largest) for _, size, _, _ in points}) == 1:
+        half = statistics.median(t / k for k, _, t, _ in points) / 2.0
+        return StepTime(half, half / min(points[0][1], largest), largest)
+    return StepTime(*_line(points), largest)
+
+
+def _line(points):
+    """Least squares of the relative error of a·pieces + c·size, a, c >= 0.
+
+    A size that was timed more often is known better. With two unknowns the
+    normal equations are solved by hand: this runs after every superbatch.
+    """
+    aa = sum(n * (k / t) ** 2 for k, _, t, n in points)
+    cc = sum(n * (b / t) ** 2 for _, b, t, n in points)
+    ac = sum(n * k * b / t**2 for k, b, t, n in points)
+    a1 = sum(n * k / t for k, _, t, n in points)
+    c1 = sum(n * b / t for _, b, t, n in points)
+    determinant = aa * cc - ac * ac
+    fixed = (a1 * cc - c1 * ac) / determinant
+    per_example = (c1 * aa - a1 * ac) / determinant
     if fixed < 0.0:
-        fixed, per_example = 0.0, _least_squares(system[:, 1])
-    elif per_example < 0.0:
-        fixed, per_example = _least_squares(system[:, 0]), 0.0
-    return StepTime(float(fixed), float(per_example), largest)
-
-
-def _least_squares(column):
-    """Coefficient k that brings k·column closest to ones."""
-    return column.sum() / np.square(column).sum()
+        return 0.0, c1 / cc
+    if per_example < 0.0:
+        return a1 / aa, 0.0
+    return fixed, per_example
 
 
 def efficiency(batch_size, noise_scale, base_batch_size):

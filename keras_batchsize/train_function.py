@@ -17,9 +17,9 @@ from keras_batchsize import exactness
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
-from keras_batchsize.controller import Measurement
-from keras_batchsize.controller import Timing
 from keras_batchsize.noise import MicroBatchNorms
+from keras_batchsize.records import Measurement
+from keras_batchsize.records import Timing
 from keras_batchsize.update_graphs import UpdateGraphs
 
 
@@ -154,7 +154,7 @@ class AdaptiveTrainFunction:
     # One superbatch.
 
     def _train_on(self, data, waited):
-        total = int(slicing.count_examples(data))
+        total = slicing.number_of_examples(data)
         self._prepare(data, total)
         self._decide()
         began, traces = time.perf_counter(), self._graphs.traces
@@ -209,6 +209,9 @@ class AdaptiveTrainFunction:
             controller.set_state(self._state["controller"])
             self._factor = self._state["factor"]
             controller.epoch = self.epoch
+        elif controller.examples == 0:
+            # After an earlier `fit` a schedule goes on, it does not restart.
+            controller.first_step = int(self._model.optimizer.iterations)
         self.controller = controller
 
     def get_state(self):
@@ -249,7 +252,7 @@ class AdaptiveTrainFunction:
         if controller.rule is scaling.none:
             ratio = factor
         return learning_rate.rate_in_force(
-            factor, ratio, controller.base_steps
+            factor, ratio, controller.first_step + controller.base_steps
         )
 
     def next_learning_rate(self):
@@ -327,9 +330,9 @@ class AdaptiveTrainFunction:
         """Makes the update of a batch that the end of an epoch cut short."""
         if self._pending is None:
             return
-        row = self._graphs.finish(self._pending, self._rate())
+        row = np.asarray(self._graphs.finish(self._pending, self._rate()))
         self._pending = None
-        self.controller.observe_update(MicroBatchNorms(*np.asarray(row).tolist()))
+        self.controller.observe_update(MicroBatchNorms(*row.tolist()))
 
     def _report(self, measurement):
         self.seconds += measurement.seconds

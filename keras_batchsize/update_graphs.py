@@ -15,6 +15,8 @@ Without XLA one trace serves all sizes. XLA needs static shapes: there, sizes
 are Python integers, and each has a graph of its own.
 """
 
+import functools
+
 import keras
 import tensorflow as tf
 
@@ -142,13 +144,13 @@ class UpdateGraphs:
             Tuple of logs as `train_step` returns them, and the learning rate
             of the last update.
         """
-        begin, end = tf.constant(start), tf.constant(stop)
+        begin, end = _constant(start), _constant(stop)
         if self.compiles and (stop - start) % batch_size == 0:
             return self._plain_xla(data, begin, end, batch_size, rate)
         return self._plain(data, begin, end, self._size(batch_size), rate)
 
     def _size(self, size):
-        return size if self._eager else tf.constant(size)
+        return size if self._eager else _constant(size)
 
     def _plain_loop(self, data, start, stop, batch_size, rate):
         static = isinstance(batch_size, int) and not self._eager
@@ -196,12 +198,12 @@ class UpdateGraphs:
             `Accumulated`, and a float64 tensor of shape (updates, 5) with a
             row of `MicroBatchNorms` per update.
         """
-        end, last = tf.constant(stop), tf.constant(finish)
+        end, last = _constant(stop), tf.constant(finish)
         batch_size, micro = sizes
         if self.compiles and stop % micro == 0 and batch_size % micro == 0:
             # One more row than the superbatch has batches: the first may
             # finish what an earlier superbatch began.
-            rows = int(slicing.count_examples(data)) // batch_size + 2
+            rows = slicing.number_of_examples(data) // batch_size + 2
             logs, used, total, (norms, count) = self._accumulate_xla(
                 total, data, end, sizes, last, rate, rows
             )
@@ -296,6 +298,12 @@ class UpdateGraphs:
                 parallel_iterations=1,
             )
             return self._accumulator.norms(total)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value):
+    """Makes the same few integers into tensors only once."""
+    return tf.constant(value)
 
 
 def _batch_spec(leaf):

@@ -23,7 +23,7 @@ PACKAGE = "keras_batchsize"
 FLOORS = (
     ("_checks", "_version"),
     ("measuring", "noise", "plan", "scaling", "throughput"),
-    ("policies",),
+    ("policies", "records"),
     ("controller", "report"),
     # From here on TensorFlow and Keras may be imported.
     ("keras_private", "slicing"),

@@ -1,0 +1,184 @@
+"""Speed of the loop with the batch size held fixed, as ratios in one run.
+
+Each line is one model and batch size. Ratios are seconds of the other divided
+by seconds of the trainer (above 1: the trainer is faster), each the median
+over pairs of runs made one after the other:
+
+- `plain`: `model.fit`;
+- `spe`: `model.fit` with the best of several `steps_per_execution`;
+- `bare`: a hand-written in-graph loop over the whole epoch that also updates
+  loss and accuracy, the least that TensorFlow can do;
+- `measuring`: share of the training time that measuring the noise took, with
+  policy="measure" and measure_every="auto"; the first few measurements, which
+  are not charged, are left out by measuring in a second `fit`.
+
+    python benchmarks/speed.py --model mlp
+"""
+
+import argparse
+import statistics
+import time
+
+import keras
+import tensorflow as tf
+import workloads
+
+import keras_batchsize as kb
+
+
+class EpochTimes(keras.callbacks.Callback):
+    """Seconds of each epoch."""
+
+    def on_train_begin(self, logs=None):
+        """Forgets an earlier training."""
+        self.seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Stops the clock."""
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def typical(seconds):
+    """Median of the epochs after the first, which traces."""
+    return statistics.median(seconds[1:])
+
+
+def plain(options, data, size, steps_per_execution=1):
+    """Seconds of an epoch of `model.fit`."""
+    model = workloads.make(
+        options.model, steps_per_execution=steps_per_execution
+    )
+    times = EpochTimes()
+    model.fit(
+        *data,
+        batch_size=size,
+        epochs=options.epochs,
+        verbose=0,
+        callbacks=[times],
+    )
+    return typical(times.seconds)
+
+
+def trainer(options, data, size):
+    """Seconds of an epoch of the trainer, size held fixed."""
+    times = EpochTimes()
+    kb.fit(
+        workloads.make(options.model),
+        *data,
+        policy="fixed",
+        batch_size=size,
+        epochs=options.epochs,
+        verbose=0,
+        callbacks=[times],
+    )
+    return typical(times.seconds)
+
+
+def bare(options, data, size):
+    """Seconds of an epoch of a loop that does nothing but train."""
+    model = workloads.make(options.model)
+    x, y = (tf.constant(one) for one in data)
+    count = x.shape[0]
+    model.optimizer.build(model.trainable_variables)
+    accuracy = keras.metrics.SparseCategoricalAccuracy()
+    mean = keras.metrics.Mean()
+
+    @tf.function
+    def epoch(order):
+        def body(start):
+            rows = order[start : start + size]
+            batch, target = tf.gather(x, rows), tf.gather(y, rows)
+            with tf.GradientTape() as tape:
+                answer = model(batch, training=True)
+                loss = model.loss(target, answer)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            model.optimizer.apply_gradients(
+                zip(gradients, model.trainable_variables)
+            )
+            mean.update_state(loss, sample_weight=tf.shape(rows)[0])
+            accuracy.update_state(target, answer)
+            return (start + size,)
+
+        tf.while_loop(
+            lambda start: start < count,
+            body,
+            (tf.constant(0),),
+            parallel_iterations=1,
+        )
+        return mean.result(), accuracy.result()
+
+    seconds = []
+    for _ in range(options.epochs):
+        started = time.perf_counter()
+        mean.reset_state()
+        accuracy.reset_state()
+        result = epoch(tf.random.shuffle(tf.range(count)))
+        [float(one) for one in result]
+        seconds.append(time.perf_counter() - started)
+    return typical(seconds)
+
+
+def measuring(options, data, size):
+    """Share of the time that measuring took in the second of two fits."""
+    run = kb.AdaptiveTrainer(
+        workloads.make(options.model), "measure", verbose=0
+    )
+    fit = dict(batch_size=size, epochs=options.epochs, verbose=0)
+    run.fit(*data, **fit)
+    run.fit(*data, **fit)
+    return run.report.settings["measuring_share"]
+
+
+def best_steps_per_execution(options, data, size):
+    """The `steps_per_execution` with which `fit` is fastest."""
+    return min(
+        (4, 16, 64), key=lambda steps: plain(options, data, size, steps)
+    )
+
+
+def main():
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=workloads.MODELS, default="mlp")
+    parser.add_argument("--path", help="file that holds MNIST")
+    parser.add_argument("--examples", type=int, default=16384)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[16, 32, 64, 256, 1024]
+    )
+    options = parser.parse_args()
+    train, _ = workloads.load("mnist", options.path)
+    data = [one[: options.examples] for one in train]
+    print(
+        f"{options.model}, {options.examples} examples of MNIST, median of "
+        f"{options.pairs} pairs\n\n| batch size | plain | spe (best) "
+        "| bare | measuring |\n|---|---|---|---|---|"
+    )
+    for size in options.sizes:
+        steps = best_steps_per_execution(options, data, size)
+        ratios = [[], [], []]
+        for _ in range(options.pairs):
+            others = (
+                lambda: plain(options, data, size),
+                lambda: plain(options, data, size, steps),
+                lambda: bare(options, data, size),
+            )
+            for ratio, other in zip(ratios, others):
+                theirs = other()
+                ratio.append(theirs / trainer(options, data, size))
+        a, b, c = map(statistics.median, ratios)
+        share = measuring(options, data, size)
+        print(
+            f"| {size} | {a:.2f} | {b:.2f} ({steps}) | {c:.2f} "
+            f"| {share:.1%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
