@@ -17,7 +17,7 @@ class RunningMoments(NamedTuple):
     Dividing by `weight` removes the bias of a young average exactly, whatever
     the decays were in between. The last four are variances of the first two,
     times the effective rank; with M examples in n parts and t the level of
-    tr(Σ), a measurement has (Gaussian noise, see `variances`)
+    tr(Σ), a measurement of Gaussian noise has
 
         Var ‖G‖² = (2n/(n-1)·(t/M)² + 4‖G‖²·t/M)/r,  Var tr(Σ) = 2t²/(n-1)/r.
 

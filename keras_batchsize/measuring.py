@@ -13,7 +13,8 @@ from keras_batchsize import _checks
 # Share of the training time that measuring may take.
 BUDGET = 0.02
 
-# Timings remembered per batch size; their median is used.
+# Timings remembered per batch size; their median is used, the lower of two
+# where none is in the middle: a hiccup only ever adds time.
 _REMEMBERED = 15
 
 # So many measurements are taken at the start, on every other superbatch and
@@ -43,7 +44,7 @@ class Timings:
     def median(self, batch_size):
         """Returns the median seconds per update, or None if never timed."""
         latest = self._seconds.get(int(batch_size))
-        return statistics.median(latest) if latest else None
+        return statistics.median_low(latest) if latest else None
 
     def count(self, batch_size):
         """Returns how many timings of a size are remembered."""
@@ -116,7 +117,7 @@ class MeasuringSchedule:
         """Books a superbatch.
 
         Args:
-            updates: Updates made so far.
+            updates: Updates made before it.
             seconds: Seconds it took in all.
             cost: Seconds of it that measuring took; None if it was not
                 measured. The first few measurements are not charged.
