@@ -113,13 +113,12 @@ def weight_of(kind, y_pred, sample_weight, examples):
             f"{len(outputs)} outputs with masks",
             "Use `sample_weight` instead of a mask.",
         )
-    if kind == "sample_weight" and sample_weight is not None:
-        weight = tf.cast(sample_weight, tf.float32)
-        if mask is not None:
-            weight *= tf.cast(mask, tf.float32)
-        return tf.reduce_sum(weight)
-    if mask is not None:
-        return tf.reduce_sum(tf.cast(mask, tf.float32))
+    if kind == "examples":
+        sample_weight = None
+    if sample_weight is not None or mask is not None:
+        return tf.reduce_sum(
+            keras_private.masked_weight(sample_weight, mask)
+        )
     return tf.cast(examples, tf.float32)
 
 

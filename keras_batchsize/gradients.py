@@ -27,6 +27,8 @@ class Accumulated(NamedTuple):
         gradients: List of Σ cᵢgᵢ, one dense tensor per trainable weight, of
             float32 at least, still multiplied by the loss scale.
         loss: Σ cᵢLᵢ, scalar float32.
+        output_losses: Σ cᵢ times the loss of each output, float32 of shape
+            (outputs,), or (0,) for one output only.
         sq_norm: Σ cᵢ‖gᵢ‖², scalar float64, loss scale removed.
         products: Σ (k-1)·(g_k·ḡ_{<k})², likewise; see `MicroBatchNorms`.
         weight: Σ cᵢ, scalar float32.
@@ -36,6 +38,7 @@ class Accumulated(NamedTuple):
 
     gradients: Any
     loss: tf.Tensor
+    output_losses: tf.Tensor
     sq_norm: tf.Tensor
     products: tf.Tensor
     weight: tf.Tensor
@@ -71,6 +74,7 @@ class GradientAccumulator:
                 for weight in self._model.trainable_weights
             ],
             loss=tf.zeros((), tf.float32),
+            output_losses=tf.zeros((len(self._trackers()),), tf.float32),
             sq_norm=tf.zeros((), tf.float64),
             products=tf.zeros((), tf.float64),
             weight=tf.zeros((), tf.float32),
@@ -88,7 +92,8 @@ class GradientAccumulator:
         Returns:
             The new `Accumulated`.
         """
-        gradients, loss, weight, examples = self._backward(data)
+        gradients, losses, weight, examples = self._backward(data)
+        loss, output_losses = losses
         scale = self._loss_scale()
         sq_norm = self._dot(gradients, gradients, scale)
         product = tf.math.divide_no_nan(
@@ -98,6 +103,7 @@ class GradientAccumulator:
         return Accumulated(
             gradients=self._summed(total.gradients, gradients, weight),
             loss=total.loss + weight * loss,
+            output_losses=total.output_losses + weight * output_losses,
             sq_norm=total.sq_norm + tf.cast(weight, tf.float64) * sq_norm,
             products=total.products
             + tf.cast(total.count, tf.float64) * tf.square(product),
@@ -112,10 +118,8 @@ class GradientAccumulator:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with tf.GradientTape() as tape:
             y_pred = keras_private.predict_for_training(model, x)
-            loss = keras_private.compute_loss(
-                model, x, y, y_pred, sample_weight
-            )
-            scaled = model.optimizer.scale_loss(loss)
+            losses = self._losses(x, y, y_pred, sample_weight)
+            scaled = model.optimizer.scale_loss(losses[0])
         gradients = tape.gradient(scaled, model.trainable_weights)
         model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
         examples = slicing.count_examples(x)
@@ -126,7 +130,27 @@ class GradientAccumulator:
             _dense(gradient, variable)
             for gradient, variable in zip(gradients, model.trainable_weights)
         ]
-        return dense, tf.cast(loss, tf.float32), weight, examples
+        losses = [tf.cast(loss, tf.float32) for loss in losses]
+        return dense, losses, weight, examples
+
+    def _losses(self, x, y, y_pred, sample_weight):
+        """Computes the loss and, if there are several, that of each output.
+
+        Keras adds the latter to its metrics batch by batch, each batch alike
+        (compile_utils.py); so they wait here until the batch is complete.
+        """
+        trackers = self._trackers()
+        with _put_back([one for each in trackers for one in each.variables]):
+            for tracker in trackers:
+                tracker.reset_state()
+            loss = keras_private.compute_loss(
+                self._model, x, y, y_pred, sample_weight
+            )
+            parts = [tracker.result() for tracker in trackers]
+        return loss, tf.stack(parts) if parts else tf.zeros((0,))
+
+    def _trackers(self):
+        return keras_private.output_loss_metrics(self._model)
 
     def _summed(self, sums, gradients, weight):
         result = []
@@ -184,16 +208,23 @@ class GradientAccumulator:
         model = self._model
         mean = self._mean(total)
         norms = self._norms(total, mean)
-        keras_private.track_loss(
-            model,
-            tf.math.divide_no_nan(total.loss, total.weight),
-            total.examples,
-        )
+        self._track_losses(total)
         with learning_rate.applied(model.optimizer, rate):
             model.optimizer.apply_gradients(
                 list(zip(mean, model.trainable_weights))
             )
         return norms
+
+    def _track_losses(self, total):
+        divide = tf.math.divide_no_nan
+        keras_private.track_loss(
+            self._model, divide(total.loss, total.weight), total.examples
+        )
+        # As in Keras, which weights by a size that graphs do not know.
+        weight = total.examples if self._model.run_eagerly else None
+        for index, tracker in enumerate(self._trackers()):
+            mean = divide(total.output_losses[index], total.weight)
+            tracker.update_state(mean, sample_weight=weight)
 
     def norms(self, total):
         """Returns the norms of an update without making it.
@@ -206,25 +237,20 @@ class GradientAccumulator:
         """
         return self._norms(total, self._mean(total))
 
-    @contextlib.contextmanager
     def leaving_no_trace(self):
         """Puts back what gradients change besides gradients.
 
         Forward passes move the statistics of BatchNorm, the seeds of dropout
         and the metrics. Measuring is to leave training as it would have been
-        without, so these are held and assigned again.
+        without.
 
-        Yields:
-            None.
+        Returns:
+            A context manager.
         """
         model = self._model
-        others = [*model.non_trainable_variables, *model.metrics_variables]
-        held = [tf.identity(variable.value) for variable in others]
-        try:
-            yield
-        finally:
-            for variable, value in zip(others, held):
-                variable.assign(value)
+        return _put_back(
+            [*model.non_trainable_variables, *model.metrics_variables]
+        )
 
     def _mean(self, total):
         """Mean gradients; None where no micro-batch had one."""
@@ -250,6 +276,17 @@ class GradientAccumulator:
                 total.products,
             ]
         )
+
+
+@contextlib.contextmanager
+def _put_back(variables):
+    """Assigns the values that variables had before, also after an error."""
+    held = [tf.identity(variable.value) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, held):
+            variable.assign(value)
 
 
 def _sum_dtype(variable):

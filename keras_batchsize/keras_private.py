@@ -7,6 +7,8 @@ that says which, not by a user.
 
 import contextlib
 
+import keras
+from keras.src.losses import loss as loss_module
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
@@ -16,6 +18,39 @@ print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
 data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
+
+# Datasets of TensorFlow that make batches, and that pass them on as they are.
+_BATCHING = ("_BatchDataset", "_PaddedBatchDataset", "_ParallelBatchDataset")
+_PASSING_ON = (
+    "CacheDataset",
+    "_AssertCardinalityDataset",
+    "_OptionsDataset",
+    "_PrefetchDataset",
+    "_RepeatDataset",
+    "_ShuffleDataset",
+    "_SkipDataset",
+    "_TakeDataset",
+)
+
+
+def batch_size_of(dataset):
+    """Returns the batch size of a `tf.data.Dataset` without reading from it.
+
+    Whoever reads a batch takes the order of the first epoch away from a
+    dataset that shuffles anew each time (private names of TensorFlow).
+
+    Args:
+        dataset: A dataset of batches.
+
+    Returns:
+        Integer, or None where only reading would tell.
+    """
+    size = keras.tree.flatten(dataset.element_spec)[0].shape[0]
+    while type(dataset).__name__ in _PASSING_ON:
+        dataset = dataset._input_dataset
+    if type(dataset).__name__ in _BATCHING:
+        size = int(dataset._batch_size)
+    return size
 
 
 def predict_for_training(model, x):
@@ -45,9 +80,32 @@ def track_loss(model, loss, examples):
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
+def output_loss_metrics(model):
+    """Returns the metrics of the outputs' losses; none for a single loss."""
+    losses = model._compile_loss
+    return [] if losses is None else losses.metrics
+
+
 def mask_of(y_pred):
     """Returns the Keras mask that a tensor carries, or None."""
     return getattr(y_pred, "_keras_mask", None)
+
+
+def masked_weight(sample_weight, mask):
+    """Merges weights and mask as `reduction="mean_with_sample_weight"` does.
+
+    Args:
+        sample_weight: Tensor or None.
+        mask: Tensor or None, but not both None.
+
+    Returns:
+        float32 tensor.
+    """
+    if sample_weight is not None:
+        sample_weight = keras.ops.cast(sample_weight, "float32")
+    return loss_module.apply_mask(
+        sample_weight, mask, "float32", "mean_with_sample_weight"
+    )
 
 
 @contextlib.contextmanager

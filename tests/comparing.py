@@ -42,6 +42,55 @@ def dense(units=1, hidden=6, activation=None, **options):
     )
 
 
+def compiled(make_model, **options):
+    """Returns a function that makes and compiles a model each time."""
+
+    def make():
+        model = make_model()
+        made = {
+            # Optimizers are made anew: a second model cannot share one.
+            name: value() if name == "optimizer" else value
+            for name, value in options.items()
+        }
+        model.compile(**{"optimizer": "sgd", "loss": "mse", **made})
+        return model
+
+    return make
+
+
+def two_outputs():
+    """Returns an uncompiled model with a number and a class as outputs."""
+    inputs = keras.Input((FEATURES,))
+    hidden = keras.layers.Dense(6, activation="tanh")(inputs)
+    return keras.Model(
+        inputs,
+        [
+            keras.layers.Dense(1, name="size")(hidden),
+            keras.layers.Dense(
+                CLASSES, activation="softmax", name="kind"
+            )(hidden),
+        ],
+    )
+
+
+def in_two_outputs(optimizer, **options):
+    """Returns a factory of `two_outputs` with weighted losses."""
+    return compiled(
+        two_outputs,
+        optimizer=optimizer,
+        loss={"size": "mse", "kind": "sparse_categorical_crossentropy"},
+        loss_weights={"size": 0.3, "kind": 2.0},
+        metrics={"size": ["mae"], "kind": ["accuracy"]},
+        **options,
+    )
+
+
+def for_two_outputs(examples=EXAMPLES):
+    """Returns (x, dict of y)."""
+    x, size = regression(examples)
+    return x, {"size": size, "kind": classification(examples)[1]}
+
+
 @dataclasses.dataclass
 class Trained:
     """What a training leaves behind.
