@@ -282,7 +282,7 @@ class Controller:
 
     def _predicted_speedup(self, new, estimate):
         step_time = self.step_time
-        if step_time is None or not estimate.resolved:
+        if step_time is None or step_time.guessed or not estimate.resolved:
             return math.nan
         return throughput.speedup(
             self.batch_size, new, step_time, estimate.value

@@ -16,6 +16,7 @@ from keras_batchsize._policies_base import next_batch_size
 from keras_batchsize._policies_stated import BatchSizeSchedule
 from keras_batchsize._policies_stated import Fixed
 from keras_batchsize._policies_stated import GrowOnPlateau
+from keras_batchsize.throughput import StepTime
 
 __all__ = [
     "CABS",
@@ -45,6 +46,9 @@ class Goodput(BatchSizePolicy):
     is largest at √(φ·a/c). The size changes only if the speed-up predicted
     for the change reaches `min_speedup`.
 
+    While one size only has been timed, c is taken for zero: a larger size is
+    tried unless it could not pay even then, after which both costs are known.
+
     Args:
         min_speedup: Smallest speed-up worth a change; 1.05 is 5 %.
     """
@@ -61,11 +65,15 @@ class Goodput(BatchSizePolicy):
 
     def wish(self, status):
         """Returns the neighbouring size with the largest goodput."""
-        if status.step_time is None:
+        step_time = status.step_time
+        if step_time is None:
             return status.batch_size
+        if step_time.guessed:
+            piece = min(status.batch_size, step_time.largest)
+            step_time = StepTime(step_time(piece), 0.0, step_time.largest)
         gains = {
             size: throughput.speedup(
-                status.batch_size, size, status.step_time, status.noise_scale
+                status.batch_size, size, step_time, status.noise_scale
             )
             for size in (status.smaller, status.larger)
         }

@@ -25,11 +25,13 @@ class StepTime:
         fixed: Seconds per update that do not depend on the batch size.
         per_example: Seconds per example.
         largest: Largest batch size that is computed in one piece.
+        guessed: Whether the two costs could not be told apart.
     """
 
     fixed: float
     per_example: float
     largest: float = math.inf
+    guessed: bool = False
 
     def __call__(self, batch_size):
         """Returns the seconds that an update of `batch_size` examples takes."""
@@ -49,8 +51,7 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
 
     With one size only, or only sizes beyond `largest`, a and c cannot be told
     apart. Then half of the time is taken as fixed, as Pollux does (Qiao et al.
-    2021, OSDI, Sec. 4.1): the optimism leads to trying a second size, after
-    which both are known.
+    2021, OSDI, Sec. 4.1), and the result is marked as guessed.
 
     Args:
         batch_sizes: Sequence of batch sizes, in examples. Sizes may repeat.
@@ -88,7 +89,8 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
     ]
     if len({min(size, largest) for _, size, _, _ in points}) == 1:
         half = statistics.median(t / k for k, _, t, _ in points) / 2.0
-        return StepTime(half, half / min(points[0][1], largest), largest)
+        per_example = half / min(points[0][1], largest)
+        return StepTime(half, per_example, largest, guessed=True)
     return StepTime(*_line(points), largest)
 
 

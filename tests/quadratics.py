@@ -45,5 +45,3 @@ def measured(random, gradient, deviation, examples=1024, count=8):
     scatter = random.standard_normal((count, gradient.size)) * deviation
     means = gradient + scatter / math.sqrt(size)
     return norms_of_means(means, np.full(count, size))
-
-

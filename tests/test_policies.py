@@ -272,6 +272,30 @@ def test_goodput_holds_before_the_first_timing():
     ) == 32
 
 
+@pytest.mark.parametrize("noise_scale", [4.0, 32.0, 1e4])
+def test_goodput_tries_a_second_size_unless_it_cannot_pay(noise_scale):
+    # From one size a and c cannot be told apart. Half of the time taken as
+    # fixed, a/c = 32 whatever the machine, √(φ·a/c) would be 32 at φ = 32:
+    # where the size timed is near the noise scale it would never change.
+    guess = throughput.fit_step_time([32], [0.01])
+    status = status_at(32, step_time=guess)
+    size = next_batch_size(
+        policies.Goodput(), status, estimate_of(noise_scale), LADDER
+    )
+    # At best twice the examples are as fast.
+    at_best = 2.0 * (noise_scale + 32) / (noise_scale + 64)
+    assert size == (64 if at_best >= 1.05 else 32)
+
+
+def test_goodput_never_accumulates_for_a_try():
+    guess = throughput.fit_step_time([256, 512], [1.0, 2.0], largest=256)
+    status = status_at(512, step_time=guess)
+    size = next_batch_size(
+        policies.Goodput(), status, estimate_of(1e4), LADDER
+    )
+    assert size <= 512
+
+
 # The others that look at the noise.
 
 

@@ -198,13 +198,10 @@ def test_one_size_is_taken_as_half_fixed(sizes, largest):
     assert fit.fixed == pytest.approx(0.5, rel=1e-12)
     assert fit.per_example * 256 == pytest.approx(0.5, rel=1e-12)
     assert fit(1024) == pytest.approx(4.0 if largest == 256 else 2.5, rel=1e-12)
-
-
-def test_half_fixed_leads_to_a_second_size():
-    # A noise scale above the size timed: without the optimism, a/c would be
-    # zero and no other size would ever be tried.
-    guess = throughput.fit_step_time([32], [0.01])
-    assert throughput.speedup(32, 64, guess, noise_scale=320) > 1.05
+    # Whoever decides on it must know.
+    assert fit.guessed
+    both = throughput.fit_step_time([*sizes, 64], [*seconds, 0.2], largest)
+    assert not both.guessed
 
 
 def test_accumulation_pays_the_fixed_cost_for_each_piece():

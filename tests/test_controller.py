@@ -1,0 +1,525 @@
+"""Laws of the controller, on trainings whose truth is known.
+
+`Machine` stands for model, data and computer: gradients with a known noise
+scale, updates of known duration. What the controller should find can then be
+computed.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from quadratics import SPREAD
+from quadratics import measured
+from quadratics import quadratic
+
+from keras_batchsize import controller as controller_module
+from keras_batchsize import policies
+from keras_batchsize import scaling
+from keras_batchsize.controller import Controller
+from keras_batchsize.noise import MicroBatchNorms
+from keras_batchsize.plan import Ladder
+from keras_batchsize.records import Decision
+from keras_batchsize.records import Measurement
+from keras_batchsize.records import Timing
+
+SUPERBATCH = 2048
+EPOCH = 20 * SUPERBATCH
+
+
+class Machine:
+    """A training of known noise and speed, without TensorFlow.
+
+    Args:
+        noise_scale: φ in examples.
+        fixed: Seconds per update that do not depend on its size.
+        per_example: Seconds per example.
+        seed: Of the gradients.
+        hiccups: Whether the first superbatch after each change takes a hundred
+            times as long.
+    """
+
+    def __init__(
+        self, noise_scale, fixed=1e-3, per_example=2e-6, seed=0, hiccups=False
+    ):
+        self.quadratic = quadratic(SPREAD, noise_scale, np.sqrt(SPREAD))
+        self.fixed = fixed
+        self.per_example = per_example
+        self.hiccups = hiccups
+        self.random = np.random.default_rng(seed)
+        self.loss = 0.5
+        self.seconds = 0.0
+        self.measuring_seconds = 0.0
+
+    def superbatch(self, controller, examples=SUPERBATCH):
+        """Trains on a superbatch; returns the `Decision` before it, if any."""
+        decision = controller.decide()
+        size = controller.batch_size
+        norms, cost = (), 0.0
+        if controller.wants_measurement(examples, EPOCH):
+            count = controller.examples_to_measure
+            norms = (measured(self.random, *self.quadratic, count),)
+            cost = 8 * self.fixed / 4 + self.per_example * count
+        updates = math.ceil(examples / size)
+        seconds = updates * self.fixed + examples * self.per_example
+        if self.hiccups and decision is not None:
+            seconds *= 100.0
+        self.seconds += seconds + cost
+        self.measuring_seconds += cost
+        controller.observe(
+            Measurement(
+                examples=examples,
+                updates=updates,
+                norms=norms,
+                timing=Timing(seconds, examples / size),
+                measuring_seconds=cost,
+                seconds=seconds + cost,
+                loss=self.loss,
+                learning_rate=0.1 * controller.learning_rate_factor,
+            )
+        )
+        return decision
+
+
+def make_controller(policy=None, ladder=None, **arguments):
+    return Controller(
+        policy or policies.Goodput(),
+        ladder or Ladder(32, 8, SUPERBATCH),
+        SUPERBATCH,
+        **arguments,
+    )
+
+
+def trained(controller, machine, superbatches):
+    """Returns the size in force at each superbatch, and the decisions."""
+    sizes, decisions = [], []
+    for _ in range(superbatches):
+        decision = machine.superbatch(controller)
+        if decision is not None:
+            decisions.append(decision)
+        sizes.append(controller.batch_size)
+    return sizes, decisions
+
+
+# Convergence.
+
+# φ, fixed and variable cost, and √(φ·a/c), which is on the ladder.
+OPTIMA = [
+    (512.0, 1e-3, 1e-3 / 512, 512),
+    (2048.0, 1e-3, 1e-3 / 128, 512),
+    (64.0, 1e-2, 1e-2 / 1024, 256),
+    (64.0, 1e-4, 1e-4 / 64, 64),
+    (64.0, 1e-4, 1e-4 / 4, 16),
+    (8192.0, 1e-2, 1e-2 / 8192, 2048),
+]
+
+
+@pytest.mark.parametrize("hiccups", [False, True])
+@pytest.mark.parametrize(("noise_scale", "fixed", "each", "optimum"), OPTIMA)
+def test_goodput_converges_to_the_optimum_and_stays(
+    noise_scale, fixed, each, optimum, hiccups
+):
+    machine = Machine(noise_scale, fixed, each, hiccups=hiccups)
+    # Measured on every superbatch, so that φ is known well.
+    controller = make_controller(measure_every=1)
+    sizes, decisions = trained(controller, machine, 300)
+    # Five epochs to get there, then ten to stay.
+    assert set(sizes[100:]) == {optimum}
+    # Straight there, after a try that tells what a larger size costs.
+    path = [one.new_batch_size for one in decisions]
+    assert path in (sorted(path), sorted(path, reverse=True))
+
+
+@pytest.mark.parametrize("noise_scale", [64.0, 1024.0])
+@pytest.mark.parametrize("base", [16, 2048])
+def test_noise_scale_policy_converges_from_both_sides(noise_scale, base):
+    controller = make_controller(
+        policies.NoiseScale(), Ladder(base, 16, SUPERBATCH), measure_every=1
+    )
+    sizes, _ = trained(controller, Machine(noise_scale), 300)
+    assert set(sizes[100:]) == {noise_scale}
+
+
+def test_size_follows_a_noise_scale_that_changes():
+    controller = make_controller(policies.NoiseScale(), measure_every=1)
+    machine = Machine(64.0)
+    assert trained(controller, machine, 100)[0][-1] == 64
+    machine.quadratic = Machine(1024.0).quadratic
+    assert trained(controller, machine, 100)[0][-1] == 1024
+    machine.quadratic = Machine(64.0).quadratic
+    assert trained(controller, machine, 100)[0][-1] == 64
+
+
+def test_estimates_are_near_the_truth():
+    controller, machine = make_controller(), Machine(500.0, 1e-3, 2e-6)
+    trained(controller, machine, 200)
+    found = controller.noise_scale
+    assert found.lower <= 500.0 <= found.upper
+    assert controller.step_time.fixed == pytest.approx(1e-3, rel=1e-6)
+    assert controller.step_time.per_example == pytest.approx(2e-6, rel=1e-6)
+    size = controller.batch_size
+    useful = (
+        size / (1e-3 + 2e-6 * size) * (found.value + 32) / (found.value + size)
+    )
+    assert controller.goodput == pytest.approx(useful, rel=1e-6)
+
+
+@pytest.mark.parametrize("noise_scale", [64.0, 8192.0])
+def test_measuring_costs_two_percent_of_the_time(noise_scale):
+    controller, machine = make_controller(), Machine(noise_scale)
+    for superbatch in range(600):
+        machine.superbatch(controller)
+        if superbatch == 12:
+            free = machine.measuring_seconds
+    paid = machine.measuring_seconds - free
+    # An epoch in advance, 3 % of this training, stays unpaid at its end.
+    assert paid <= 0.02 * machine.seconds * 620 / 600
+    assert paid >= 0.01 * machine.seconds
+
+
+# What holds the size.
+
+
+def ready(policy=None):
+    """A controller that is about to grow, and its machine."""
+    controller, machine = make_controller(policy), Machine(2048.0)
+    for _ in range(100):
+        if copy.deepcopy(controller).decide() is not None:
+            return controller, machine
+        machine.superbatch(controller)
+    raise AssertionError("It never wanted to grow.")
+
+
+def after(controller, **changes):
+    """The controller after another superbatch."""
+    fields = {
+        "examples": SUPERBATCH,
+        "updates": SUPERBATCH // controller.batch_size,
+        "loss": 0.5,
+        **changes,
+    }
+    controller.observe(Measurement(**fields))
+    return controller
+
+
+INFINITE = MicroBatchNorms(math.inf, 1.0, SUPERBATCH, 8.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [policies.Goodput(), policies.Fixed(256), policies.NoiseScale()],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "broken",
+    [{"loss": math.nan}, {"loss": math.inf}, {"norms": (INFINITE,)}],
+    ids=["nan", "inf", "norms"],
+)
+def test_a_loss_or_gradient_that_is_not_finite_holds_the_size(policy, broken):
+    controller, _ = ready(policy)
+    assert after(copy.deepcopy(controller)).decide() is not None
+    assert after(controller, **broken).decide() is None
+    # Once it is finite again, so are decisions.
+    assert after(controller).decide() is not None
+
+
+def test_a_model_without_a_loss_is_not_held():
+    controller, _ = ready()
+    assert after(controller, loss=None).decide() is not None
+
+
+def test_skipped_measurements_are_counted():
+    controller, _ = ready()
+    assert controller.skipped_measurements == 0
+    assert after(controller, norms=(INFINITE,)).skipped_measurements == 1
+
+
+@pytest.mark.parametrize("batch_size", [32, 1024])
+def test_changes_keep_their_distance(batch_size):
+    # Starting from 32 the examples decide, from 1024 the updates.
+    ladder = Ladder(batch_size, 8, SUPERBATCH)
+    policy = policies.NoiseScale()
+    controller, machine = make_controller(policy, ladder), Machine(50.0)
+    if batch_size == 32:
+        machine = Machine(50_000.0)
+    examples, updates, distances = 0, 0, []
+    for _ in range(200):
+        before = controller.examples, controller.updates
+        if machine.superbatch(controller) is not None:
+            distances.append((before[0] - examples, before[1] - updates))
+            examples, updates = before
+    least = controller_module._DWELL_SUPERBATCHES * SUPERBATCH
+    assert len(distances) >= 3
+    assert all(examples >= least for examples, _ in distances)
+    assert all(
+        updates >= controller_module._DWELL_UPDATES for _, updates in distances
+    )
+
+
+def test_a_stated_size_is_taken_at_once():
+    controller = make_controller(policies.BatchSizeSchedule({0: 64, 1: 512}))
+    machine = Machine(100.0)
+    assert machine.superbatch(controller).new_batch_size == 64
+    controller.epoch = 1
+    assert machine.superbatch(controller).new_batch_size == 512
+
+
+def test_plateau_is_told_the_logs_and_grows():
+    controller = make_controller(policies.GrowOnPlateau("loss", patience=2))
+    for epoch in range(3):
+        assert controller.decide() is None
+        controller.on_epoch_end(epoch, {"loss": 1.0})
+    assert controller.decide().new_batch_size == 64
+
+
+# Clocks.
+
+
+@pytest.mark.parametrize("batch_size", [8, 32, 128, 2048])
+@pytest.mark.parametrize("examples", [2048, 5000, 4097, 31, 6144])
+def test_base_steps_are_those_of_an_ordinary_fit(batch_size, examples):
+    controller = make_controller(policies.Fixed(batch_size))
+    machine = Machine(100.0)
+    for epoch in range(3):
+        left = examples
+        while left > 0:
+            machine.superbatch(controller, min(left, SUPERBATCH))
+            left -= SUPERBATCH
+        # Batches of 32, the last one ragged.
+        assert controller.base_steps == (epoch + 1) * math.ceil(examples / 32)
+        assert controller.examples == (epoch + 1) * examples
+        updates = [
+            math.ceil(min(SUPERBATCH, examples - start) / batch_size)
+            for start in range(0, examples, SUPERBATCH)
+        ]
+        assert controller.updates == (epoch + 1) * sum(updates)
+
+
+def test_an_update_at_the_end_of_an_epoch_counts_and_is_measured():
+    controller = make_controller()
+    random = np.random.default_rng(0)
+    norms = measured(random, *quadratic(SPREAD, 100.0, np.ones(200)))
+    controller.observe_update(norms)
+    assert controller.updates == 1
+    assert controller.noise_scale.trace > 0.0
+    # One micro-batch has no noise to measure.
+    controller.observe_update(norms._replace(count=1.0))
+    assert (controller.updates, controller.base_steps) == (2, 0)
+
+
+# What is measured.
+
+
+def test_ragged_and_accumulated_superbatches_are_not_measured():
+    controller = make_controller(
+        ladder=Ladder(32, 8, 4 * SUPERBATCH), measure_every=1
+    )
+    after(controller)
+    assert controller.wants_measurement(SUPERBATCH, 0)
+    assert not controller.wants_measurement(SUPERBATCH - 1, 0)
+    controller.batch_size = 2 * SUPERBATCH
+    # Their micro-batches measure for free, four of them at least.
+    assert controller.accumulates_now
+    assert controller.plan.accumulation_steps >= 4
+    assert not controller.wants_measurement(SUPERBATCH, 0)
+
+
+def test_without_measuring_a_batch_is_cut_as_little_as_possible():
+    controller = make_controller(
+        ladder=Ladder(32, 8, 4 * SUPERBATCH), measure_every=None
+    )
+    controller.batch_size = 2 * SUPERBATCH
+    assert controller.plan.accumulation_steps == 2
+    assert not controller.measures
+
+
+@pytest.mark.parametrize("noise_scale", [4.0, 100.0, 1000.0, 1e5])
+def test_measurements_are_as_large_as_the_noise_needs(noise_scale):
+    controller = make_controller()
+    assert controller.examples_to_measure == SUPERBATCH
+    trained(controller, Machine(noise_scale), 60)
+    examples = controller.examples_to_measure
+    assert (examples // 64).bit_count() == 1
+    # Up to twice the noise scale, as far as that is known.
+    wanted = 2 * controller.noise_scale.upper
+    if wanted < 64:
+        assert examples == 64
+    elif wanted > SUPERBATCH:
+        assert examples == SUPERBATCH
+    else:
+        assert wanted / 2 < examples <= wanted
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_plan_covers_the_batch_within_a_superbatch(replicas):
+    controller = make_controller(
+        ladder=Ladder(32, 8, 8 * SUPERBATCH), replicas=replicas
+    )
+    for size in controller.ladder.sizes:
+        controller.batch_size = size
+        plan = controller.plan
+        piece = plan.micro_batch_size * replicas
+        assert size <= plan.accumulation_steps * piece < size + piece
+        assert plan.micro_batch_size <= math.ceil(SUPERBATCH / replicas)
+
+
+# The learning rate.
+
+
+def test_rate_follows_the_rule_with_the_latest_known_noise_scale():
+    controller = make_controller(rule=scaling.adascale, measure_every=1)
+    assert controller.learning_rate_factor == 1.0
+    machine = Machine(500.0)
+    trained(controller, machine, 60)
+    size, phi = controller.batch_size, controller.noise_scale.value
+    assert size > 32
+    gain = (1 + phi / 32) / (1 + phi / size)
+    assert controller.learning_rate_factor == pytest.approx(gain, rel=1e-9)
+
+    # While it is not resolved the rate does not jump back.
+    machine.quadratic = Machine(1e9).quadratic
+    for _ in range(1000):
+        if not controller.noise_scale.resolved:
+            break
+        known = controller.noise_scale.value
+        machine.superbatch(controller)
+    assert not controller.noise_scale.resolved
+    gain = (1 + known / 32) / (1 + known / controller.batch_size)
+    assert controller.learning_rate_factor == pytest.approx(gain, rel=1e-9)
+
+
+def test_rate_may_be_meant_for_another_size_than_the_base():
+    controller = make_controller(rule=scaling.linear)
+    controller.rate_batch_size = 256
+    assert controller.learning_rate_factor == 32 / 256
+
+
+# Speed-ups.
+
+
+def test_predicted_and_observed_speedups_are_those_of_the_model():
+    machine = Machine(500.0, 1e-3, 4e-6)
+    controller = make_controller()
+    _, decisions = trained(controller, machine, 300)
+    assert len(decisions) >= 2
+
+    def goodput(size, phi):
+        return size / (1e-3 + 4e-6 * size) / (phi + size)
+
+    for index, one in enumerate(decisions):
+        old, new = one.old_batch_size, one.new_batch_size
+        ratio = goodput(new, one.noise_scale) / goodput(old, one.noise_scale)
+        assert controller.observed_speedup(one) == pytest.approx(ratio)
+        # The first is a try: one size does not tell the speed of another.
+        if index == 0:
+            assert math.isnan(one.predicted_speedup)
+        else:
+            assert one.predicted_speedup == pytest.approx(ratio, rel=1e-6)
+            assert one.predicted_speedup >= 1.05
+
+
+def test_speedup_is_unknown_without_a_timing_or_a_noise_scale():
+    controller, machine = make_controller(), Machine(500.0)
+    unknown = Decision(32, 64, 500.0, math.nan, "")
+    assert math.isnan(controller.observed_speedup(unknown))
+    trained(controller, machine, 2)
+    assert math.isnan(controller.observed_speedup(unknown))
+    after(controller, timing=Timing(1.0, 8))
+    blind = dataclasses.replace(
+        unknown, new_batch_size=32, noise_scale=math.nan
+    )
+    assert math.isnan(controller.observed_speedup(blind))
+    assert math.isnan(make_controller().goodput)
+
+
+def test_a_schedule_knows_the_speedup_only_where_the_noise_is_known():
+    policy = policies.BatchSizeSchedule({0: 32, 1: 64})
+    controller = make_controller(policy, measure_every=None)
+    machine = Machine(500.0)
+    trained(controller, machine, 10)
+    controller.epoch = 1
+    decision = controller.decide()
+    assert math.isnan(decision.noise_scale)
+    assert math.isnan(decision.predicted_speedup)
+    assert decision.reason == "scheduled for epoch 2"
+
+
+def test_it_says_why_the_size_stays():
+    controller = make_controller()
+    assert controller.why_unchanged() == (
+        "the noise scale was not resolved from zero"
+    )
+    trained(controller, Machine(1.0), 60)
+    assert controller.why_unchanged() == "no other size was better"
+    single = make_controller(policies.Fixed(), Ladder(32, 32, 32))
+    assert single.why_unchanged() == "the bounds leave one size only"
+
+
+# State.
+
+POLICIES = {
+    **policies.POLICIES,
+    "plateau": lambda: policies.GrowOnPlateau("loss", patience=1),
+    "fixed": lambda: policies.Fixed(256),
+}
+
+
+def record(policy, resumed_at=()):
+    """Everything a training does, resumed from JSON at some superbatches."""
+    controller = make_controller(policy(), rule=scaling.adascale)
+    machine, told = Machine(700.0), []
+    for superbatch in range(60):
+        if superbatch in resumed_at:
+            text = json.dumps(controller.get_state(), allow_nan=False)
+            controller = make_controller(policy(), rule=scaling.adascale)
+            controller.set_state(json.loads(text))
+            assert json.dumps(controller.get_state()) == text
+        # A loss that is lost for a while, and one that comes to a rest.
+        machine.loss = math.nan if superbatch in (20, 21) else 0.9**superbatch
+        told.append(
+            (
+                machine.superbatch(controller),
+                controller.batch_size,
+                controller.noise_scale,
+                controller.step_time,
+                controller.learning_rate_factor,
+                controller.measuring.share,
+                controller.examples,
+                controller.updates,
+                controller.base_steps,
+            )
+        )
+        if superbatch % 10 == 9:
+            logs = {"loss": max(0.9**superbatch, 0.05)}
+            controller.on_epoch_end(superbatch // 10, logs)
+    return told
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_resumed_training_is_the_uninterrupted_one(name):
+    whole = record(POLICIES[name])
+    for resumed_at in [(0,), (3,), (21, 22), (10, 40), range(60)]:
+        # NaN is equal to nothing, but prints alike.
+        assert repr(record(POLICIES[name], resumed_at)) == repr(whole)
+
+
+def test_state_of_another_base_is_refused_with_the_right_one():
+    state = make_controller().get_state()
+    other = make_controller(ladder=Ladder(64, 8, SUPERBATCH))
+    with pytest.raises(ValueError) as caught:
+        other.set_state(state)
+    text = str(caught.value)
+    assert "Received: batch_size=64, saved with 32." in text
+    assert text.endswith("Use batch_size=32.")
+
+
+def test_state_fits_other_bounds():
+    controller = make_controller(policies.Fixed(512))
+    trained(controller, Machine(100.0), 10)
+    narrow = make_controller(ladder=Ladder(32, 32, 128))
+    narrow.set_state(controller.get_state())
+    assert narrow.batch_size == 128
+    assert narrow.examples == controller.examples

@@ -1,0 +1,170 @@
+"""Laws of when to measure, and of the timings that are remembered."""
+
+import itertools
+import json
+import random
+
+import pytest
+
+from keras_batchsize import measuring
+from keras_batchsize.measuring import MeasuringSchedule
+from keras_batchsize.measuring import Timings
+
+
+def trained(schedule, superbatches, cost, epoch=20, seconds=1.0, updates=8):
+    """Runs a training of known costs, and yields whether it measured.
+
+    Args:
+        schedule: A `MeasuringSchedule`.
+        superbatches: Number of superbatches planned.
+        cost: Function from the superbatch to the seconds of measuring it.
+        epoch: Superbatches in an epoch.
+        seconds: Seconds of training on one.
+        updates: Updates in one.
+    """
+    for index in range(superbatches):
+        ahead = max(min(epoch, superbatches - index), 1) * seconds
+        measures = schedule.is_due(index * updates, ahead)
+        paid = cost(index) if measures else None
+        schedule.book(index * updates, seconds + (paid or 0.0), paid)
+        yield measures
+
+
+COSTS = [0.001, 0.02, 0.3, 1.0, 5.0]
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("superbatches", [20, 100, 3000])
+def test_measuring_stays_within_its_share_of_the_planned_time(
+    cost, superbatches
+):
+    taken = list(
+        trained(MeasuringSchedule(), superbatches, lambda index: cost)
+    )
+    # All but the first few, which are free.
+    paid = max(sum(taken) - measuring._FIRST, 0) * cost
+    elapsed = superbatches + sum(taken) * cost
+    assert paid <= 0.02 * elapsed * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_measuring_uses_the_share_it_has(cost):
+    taken = list(trained(MeasuringSchedule(), 3000, lambda index: cost))
+    elapsed = 3000 + sum(taken) * cost
+    # One measurement more would not be paid for, if there is room for more.
+    if not all(taken[20:]):
+        paid = (sum(taken) - measuring._FIRST) * cost
+        assert paid > 0.02 * elapsed - cost
+    # An epoch's budget comes first: the early estimates are worth most.
+    assert sum(taken[12:300]) >= sum(taken[-288:])
+
+
+def test_costs_that_change_overdraw_by_one_measurement_at_most():
+    dice = random.Random(0)
+    costs = [dice.choice([0.01, 0.1, 1.0]) for _ in range(3000)]
+    schedule = MeasuringSchedule()
+    taken = list(trained(schedule, 3000, lambda index: costs[index]))
+    paid = [cost for cost, measured in zip(costs, taken) if measured]
+    elapsed = 3000 + sum(paid)
+    assert sum(paid[measuring._FIRST :]) <= 0.02 * elapsed + 1.0
+    assert schedule.share == pytest.approx(
+        sum(paid[measuring._FIRST :]) / elapsed, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_first_few_are_measured_whatever_they_cost(cost):
+    first = 2 * measuring._FIRST
+    taken = list(trained(MeasuringSchedule(), first, lambda index: cost))
+    # Every other superbatch, so that there is a timing to compare with.
+    assert taken == [False, True] * measuring._FIRST
+
+
+@pytest.mark.parametrize("updates", [1, 8, 64])
+@pytest.mark.parametrize("every", [1, 5, 8, 20, 64, 1000])
+def test_every_k_measures_when_k_updates_have_passed(every, updates):
+    schedule = MeasuringSchedule(every)
+    taken = list(
+        trained(schedule, 3000, lambda index: 1.0, updates=updates)
+    )
+    # A superbatch is measured at its beginning, so the distance is the first
+    # multiple of its updates that is long enough, from the start on.
+    distance = -(-every // updates)
+    assert taken == [
+        index > 0 and index % distance == 0 for index in range(3000)
+    ]
+
+
+def test_none_measures_nothing():
+    assert not any(trained(MeasuringSchedule(None), 100, lambda index: 0.0))
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "often", True])
+def test_every_must_be_a_count(every):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        MeasuringSchedule(every)
+    text = str(caught.value)
+    assert f"Received: measure_every={every!r}." in text
+    assert text.endswith('Use measure_every="auto".')
+
+
+@pytest.mark.parametrize("every", ["auto", 50, None])
+@pytest.mark.parametrize("cut", [0, 3, 50])
+def test_schedule_resumes_from_json_as_if_uninterrupted(every, cut):
+    def run(resume):
+        schedule, taken = MeasuringSchedule(every), []
+        for index in range(100):
+            if resume and index == cut:
+                text = json.dumps(schedule.get_state(), allow_nan=False)
+                schedule = MeasuringSchedule(every)
+                schedule.set_state(json.loads(text))
+            measures = schedule.is_due(8 * index, 5.0)
+            paid = 0.1 if measures else None
+            schedule.book(8 * index, 1.0, paid)
+            taken.append(measures)
+        return taken, schedule.share
+
+    assert run(resume=True) == run(resume=False)
+
+
+# Timings.
+
+
+def test_median_is_of_the_latest_timings():
+    timings = Timings()
+    assert timings.median(32) is None
+    for seconds in range(100):
+        timings.add(32, seconds)
+    # 85 to 99: what the machine did long ago is forgotten.
+    assert timings.median(32) == 92.0
+    assert timings.count(32) == 15
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 15])
+def test_a_hiccup_does_not_move_the_median(count):
+    for hit in range(count):
+        timings = Timings()
+        for index in range(count):
+            timings.add(32, 100.0 if index == hit else 1.0)
+        assert timings.median(32) == 1.0
+
+
+def test_samples_pair_each_time_with_its_size():
+    timings = Timings()
+    wanted = [(32, 1.0), (64, 3.0), (32, 2.0)]
+    for size, seconds in wanted:
+        timings.add(size, seconds)
+    sizes, seconds = timings.samples()
+    assert sorted(zip(sizes, seconds)) == sorted(wanted)
+
+
+def test_timings_resume_from_json():
+    one, two = Timings(), Timings()
+    for size, index in itertools.product((32, 256), range(20)):
+        one.add(size, index / 7)
+    saved = one.get_state()
+    two.set_state(json.loads(json.dumps(saved)))
+    one.add(32, 5.0)
+    assert saved == two.get_state()  # It is a copy.
+    two.add(32, 5.0)
+    assert one.samples() == two.samples()
