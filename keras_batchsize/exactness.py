@@ -13,10 +13,21 @@ from keras_batchsize import keras_private
 from keras_batchsize import slicing
 
 # Losses of Keras that compare the examples of a batch with each other.
-_WHOLE_BATCH_LOSSES = ("Dice", "Tversky", "Circle")
+_WHOLE_BATCH_LOSSES = (
+    keras.losses.Circle,
+    keras.losses.Dice,
+    keras.losses.Tversky,
+)
+_WHOLE_BATCH_FUNCTIONS = (
+    keras.losses.circle,
+    keras.losses.dice,
+    keras.losses.tversky,
+)
 
-# Examples on which a loss is tried out.
-_TRIAL_EXAMPLES = 64
+# Examples on which a loss is tried out, and the size of the parts: what a loss
+# makes of how examples differ shows most in the smallest parts.
+_TRIAL_EXAMPLES = 16
+_TRIAL_PART = 2
 
 
 def check_step(model):
@@ -54,12 +65,11 @@ def normaliser(model):
     losses = [
         loss for loss in keras.tree.flatten(model.loss) if loss is not None
     ]
-    reductions = set()
     for loss in losses:
-        name = type(loss).__name__
-        if name in _WHOLE_BATCH_LOSSES and loss.axis is None:
-            _refuse(f"`{name}` compares all examples of a batch", name)
-        reductions.add(getattr(loss, "reduction", "sum_over_batch_size"))
+        _check_known(loss)
+    reductions = {
+        getattr(loss, "reduction", "sum_over_batch_size") for loss in losses
+    }
     if reductions & {"sum", "none", None}:
         _refuse(
             "a sum grows with the batch size, and the rate would have to "
@@ -71,13 +81,39 @@ def normaliser(model):
     if "mean_with_sample_weight" not in reductions:
         return "examples"
     if len(losses) > 1:
-        _refuse(
-            "with several losses each would be divided by another sum of "
-            "weights",
-            "reduction='mean_with_sample_weight'",
-            'Use reduction="sum_over_batch_size".',
-        )
+        _refuse_several_weights(f"{len(losses)} losses")
     return "sample_weight"
+
+
+def _check_known(loss):
+    """Refuses what is known to compare or to count the examples of a batch."""
+    name = loss if isinstance(loss, str) else type(loss).__name__
+    resolved = keras.losses.get(loss) if isinstance(loss, str) else loss
+    # With axes, as for pictures, Dice and Tversky are made for each example.
+    compares = (
+        isinstance(resolved, _WHOLE_BATCH_LOSSES)
+        and getattr(resolved, "axis", None) is None
+    )
+    if compares or resolved in _WHOLE_BATCH_FUNCTIONS:
+        _refuse("this one compares all examples of a batch", f"loss={name}")
+    ignored = getattr(resolved, "ignore_class", None)
+    if ignored is not None:
+        _refuse(
+            "with `ignore_class` it is divided by the number of labels that "
+            "are not ignored, which each micro-batch has another of",
+            f"ignore_class={ignored}",
+            "Give these labels another class and a `sample_weight` of 0, with "
+            'reduction="mean_with_sample_weight".',
+        )
+
+
+def _refuse_several_weights(received):
+    _refuse(
+        "with several outputs each loss would be divided by another sum of "
+        "weights",
+        f"reduction='mean_with_sample_weight' with {received}",
+        'Use reduction="sum_over_batch_size".',
+    )
 
 
 def _refuse(why, received, remedy="Use a loss that is a mean over examples."):
@@ -113,6 +149,8 @@ def weight_of(kind, y_pred, sample_weight, examples):
             f"{len(outputs)} outputs with masks",
             "Use `sample_weight` instead of a mask.",
         )
+    if kind == "sample_weight" and len(outputs) > 1:
+        _refuse_several_weights(f"{len(outputs)} outputs")
     if kind == "examples":
         sample_weight = None
     if sample_weight is not None or mask is not None:
@@ -123,7 +161,7 @@ def weight_of(kind, y_pred, sample_weight, examples):
 
 
 def check_loss(model, kind, data):
-    """Tries out whether two halves of a batch give the loss of the whole.
+    """Tries out whether the pairs of a batch give the loss of the whole.
 
     Covers what no list can: losses and `compute_loss` written by users,
     `add_loss`, masks made by a loss. The model runs in inference mode, and
@@ -135,18 +173,23 @@ def check_loss(model, kind, data):
         data: A batch as `train_step` receives it.
 
     Raises:
-        ValueError: If the loss of the whole is not that of the halves.
+        ValueError: If the loss of the whole is not that of the pairs.
     """
     size = min(int(slicing.count_examples(data)), _TRIAL_EXAMPLES)
-    half = size // 2
-    if half == 0:
+    starts = range(0, size - _TRIAL_PART + 1, _TRIAL_PART)
+    size = len(starts) * _TRIAL_PART
+    if len(starts) < 2:
         return
     others = [one for one in model.variables if not one.trainable]
     held = [keras.ops.convert_to_numpy(one) for one in others]
     try:
-        whole, again, first, second = (
+        whole, again, *parts = (
             _inference_loss(model, kind, slicing.examples(data, *part))
-            for part in ((0, size), (0, size), (0, half), (half, size - half))
+            for part in (
+                (0, size),
+                (0, size),
+                *((start, _TRIAL_PART) for start in starts),
+            )
         )
     finally:
         for variable, value in zip(others, held):
@@ -154,12 +197,12 @@ def check_loss(model, kind, data):
         model.reset_metrics()
     if whole[0] != again[0] or not np.isfinite(whole[0]):
         return  # Random even in inference: nothing can be concluded.
-    weights = first[1] + second[1]
-    parts = (first[0] * first[1] + second[0] * second[1]) / max(weights, 1e-30)
-    if abs(parts - whole[0]) > _tolerance(model) * abs(whole[0]) + 1e-6:
+    weight = sum(weight for _, weight in parts)
+    mean = sum(loss * weight for loss, weight in parts) / max(weight, 1e-30)
+    if abs(mean - whole[0]) > _tolerance(model) * abs(whole[0]) + 1e-6:
         _refuse(
             f"on the first {size} examples the loss is {whole[0]:.6g}, but "
-            f"put together from two halves it is {parts:.6g}",
+            f"put together from pairs it is {mean:.6g}",
             f"loss={model.loss!r}",
         )
 

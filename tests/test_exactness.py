@@ -1,0 +1,448 @@
+"""Every loss is put together exactly from micro-batches, or refused.
+
+Refused means: a ValueError that says what to do, before anything has changed.
+"""
+
+import comparing
+import keras
+import numpy as np
+import pytest
+from comparing import SUPERBATCH
+from comparing import adaptive
+from comparing import compiled
+from comparing import dense
+from comparing import plain
+from keras import layers
+from keras import losses
+
+import keras_batchsize as kb
+from keras_batchsize import exactness
+from keras_batchsize.policies import BatchSizeSchedule
+
+# Rounding of float32 sums in another order, see test_micro_batches.py.
+RTOL = 2e-5
+
+
+def assert_exact(make_model, x, y, **arguments):
+    """Two superbatches, accumulated, are the batch of plain `fit`."""
+    batch_size = 2 * SUPERBATCH
+    theirs = plain(make_model, x, y, batch_size=batch_size, **arguments)
+    ours = adaptive(
+        make_model,
+        x,
+        y,
+        policy=BatchSizeSchedule({0: batch_size}),
+        learning_rate_scaling="none",
+        max_batch_size=batch_size,
+        **arguments,
+    )
+    comparing.assert_close(ours, theirs, RTOL)
+
+
+def assert_refused(make_model, x, y, match, **arguments):
+    """Training raises and leaves the model as it was."""
+    model = comparing.seeded(make_model)
+    model.evaluate(x, y, verbose=0)  # So that everything is built.
+    model.optimizer.build(model.trainable_variables)
+    model.reset_metrics()
+    before = comparing.variables_of(model)
+    trainer = kb.AdaptiveTrainer(
+        model, "goodput", superbatch_size=SUPERBATCH, verbose=0
+    )
+    with pytest.raises(ValueError, match=match) as caught:
+        trainer.fit(x, y, batch_size=comparing.BASE, verbose=0, **arguments)
+    assert "Received: " in str(caught.value)
+    assert "Use " in str(caught.value) or "Give " in str(caught.value)
+    after = comparing.variables_of(model)
+    assert list(after) == list(before)
+    for path, value in before.items():
+        np.testing.assert_array_equal(after[path], value, path)
+    assert model.train_function is None or not isinstance(
+        model.train_function, kb.callbacks.AdaptiveTrainFunction
+    )
+
+
+# Reductions.
+
+
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean", "mean_with_sample_weight"]
+)
+def test_means_are_exact(reduction):
+    weights = np.random.default_rng(1).uniform(0.1, 3.0, comparing.EXAMPLES)
+    loss = losses.MeanSquaredError(reduction=reduction)
+    assert_exact(
+        compiled(dense, loss=loss),
+        *comparing.regression(),
+        sample_weight=weights,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", None])
+def test_sums_are_refused(reduction):
+    loss = losses.MeanSquaredError(reduction=reduction)
+    assert_refused(
+        compiled(dense, loss=loss),
+        *comparing.regression(),
+        match="a sum grows with the batch size",
+    )
+
+
+def test_every_reduction_of_keras_is_tried():
+    tried = {
+        "sum", "none", None, "mean", "mean_with_sample_weight",
+        "sum_over_batch_size",
+    }
+    with pytest.raises(ValueError) as caught:
+        losses.MeanSquaredError(reduction="?")
+    listed = str(caught.value).split("{")[1].split("}")[0]
+    known = {
+        None if name == "None" else name.strip("'")
+        for name in listed.split(", ")
+    }
+    assert known == tried, "Say in exactness.normaliser what it divides by."
+
+
+def test_own_weights_per_output_are_refused():
+    each = losses.MeanSquaredError(reduction="mean_with_sample_weight")
+
+    def make():
+        model = comparing.two_outputs()
+        model.compile(
+            loss={"size": each, "kind": "sparse_categorical_crossentropy"}
+        )
+        return model
+
+    assert_refused(
+        make, *comparing.for_two_outputs(), match="another sum of weights"
+    )
+
+
+def test_own_weights_per_output_are_refused_with_one_loss_for_all():
+    inputs = keras.Input((comparing.FEATURES,))
+
+    def make():
+        model = keras.Model(
+            inputs, [layers.Dense(1)(inputs), layers.Dense(1)(inputs)]
+        )
+        model.compile(
+            loss=losses.MeanSquaredError(reduction="mean_with_sample_weight")
+        )
+        return model
+
+    x, y = comparing.regression()
+    assert_refused(make, x, [y, y], match="another sum of weights")
+
+
+# Losses that look at a batch as a whole.
+
+
+def to_classes(y):
+    return keras.utils.to_categorical(y, comparing.CLASSES)
+
+
+def softmax(units=comparing.CLASSES):
+    return dense(units=units, activation="softmax")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.Dice(),
+        losses.Tversky(),
+        "dice",
+        losses.tversky,
+        "Dice",
+    ],
+    ids=["Dice", "Tversky", "dice", "tversky", "by class name"],
+)
+def test_losses_over_all_examples_are_refused(loss):
+    x, y = comparing.classification()
+    assert_refused(
+        compiled(softmax, loss=loss),
+        x,
+        to_classes(y),
+        match="compares all examples",
+    )
+
+
+@pytest.mark.parametrize("loss", [losses.Circle(), "circle"])
+def test_circle_is_refused(loss):
+    def make():
+        return keras.Sequential(
+            [dense(units=4), layers.UnitNormalization()]
+        )
+
+    assert_refused(
+        compiled(make, loss=loss),
+        *comparing.classification(),
+        match="compares all examples",
+    )
+
+
+def test_dice_of_each_example_is_exact():
+    x, y = comparing.classification()
+    loss = losses.Dice(axis=(1,))
+    assert_exact(compiled(softmax, loss=loss), x, to_classes(y))
+
+
+def spread(y_true, y_pred):
+    """A user's loss that compares the examples of a batch."""
+    error = keras.ops.square(y_true - y_pred)
+    return error + 0.1 * keras.ops.var(y_pred)
+
+
+def test_own_loss_that_compares_examples_is_refused():
+    assert_refused(
+        compiled(dense, loss=spread),
+        *comparing.regression(),
+        match="put together from pairs",
+    )
+
+
+def test_own_loss_of_each_example_is_exact():
+    assert_exact(
+        compiled(dense, loss=lambda y, p: keras.ops.abs(y - p) ** 1.5),
+        *comparing.regression(),
+    )
+
+
+def test_own_loss_that_is_a_mean_already_is_exact():
+    def mean_of_all(y, y_pred):
+        return keras.ops.mean(keras.ops.square(y - y_pred))
+
+    assert_exact(
+        compiled(dense, loss=mean_of_all), *comparing.regression()
+    )
+
+
+def test_ignored_classes_are_refused():
+    # None of the first examples is of it, so trying would not notice.
+    x, y = comparing.classification(140)
+    loss = losses.SparseCategoricalCrossentropy(ignore_class=7)
+    assert_refused(
+        compiled(softmax, loss=loss),
+        x,
+        y,
+        match="labels that are not ignored",
+    )
+
+
+# Losses added by layers.
+
+
+class Penalty(layers.Layer):
+    """Adds a loss of its inputs, summed or averaged over the examples."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.reduce = reduce
+
+    def call(self, x):
+        self.add_loss(0.01 * self.reduce(keras.ops.sum(x**2, axis=-1)))
+        return x
+
+
+def with_penalty(reduce):
+    return lambda: keras.Sequential(
+        [
+            keras.Input((comparing.FEATURES,)),
+            layers.Dense(1),
+            Penalty(reduce),
+        ]
+    )
+
+
+def test_added_mean_is_exact():
+    assert_exact(
+        compiled(with_penalty(keras.ops.mean)), *comparing.regression()
+    )
+
+
+def test_added_sum_is_refused():
+    assert_refused(
+        compiled(with_penalty(keras.ops.sum)),
+        *comparing.regression(),
+        match="put together from pairs",
+    )
+
+
+@pytest.mark.parametrize("regulariser", ["kernel", "activity"])
+def test_regularisers_are_exact(regulariser):
+    options = {f"{regulariser}_regularizer": keras.regularizers.L2(0.1)}
+    assert_exact(
+        compiled(lambda: dense(**options)), *comparing.regression()
+    )
+
+
+def test_model_without_compiled_loss_is_exact():
+    assert_exact(
+        compiled(with_penalty(keras.ops.mean), loss=None),
+        *comparing.regression(),
+    )
+
+
+# Models with a loss of their own.
+
+
+class WithLoss(keras.Model):
+    """Overrides `compute_loss`; `reduce` makes one number of the errors."""
+
+    reduce = staticmethod(keras.ops.mean)
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(1)
+
+    def call(self, x):
+        return self.out(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return self.reduce(keras.ops.abs(y - y_pred))
+
+
+class WithSum(WithLoss):
+    reduce = staticmethod(keras.ops.sum)
+
+
+def test_overridden_compute_loss_is_exact_if_it_is_a_mean():
+    assert_exact(compiled(WithLoss), *comparing.regression())
+
+
+def test_overridden_compute_loss_is_refused_if_it_is_a_sum():
+    assert_refused(
+        compiled(WithSum),
+        *comparing.regression(),
+        match="put together from pairs",
+    )
+
+
+class Sampling(layers.Layer):
+    """Adds noise in inference, too, as a variational autoencoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(3)
+
+    def call(self, x):
+        return x + keras.random.normal(
+            keras.ops.shape(x), stddev=0.1, seed=self.seeds
+        )
+
+
+def test_model_that_is_random_in_inference_passes():
+    def make():
+        return keras.Sequential(
+            [keras.Input((comparing.FEATURES,)), Sampling(), layers.Dense(1)]
+        )
+
+    data = comparing.regression()
+    # Trying the loss out takes no seeds away from training.
+    ours = adaptive(compiled(make), *data, policy="measure", measure_every=1)
+    comparing.assert_same(ours, plain(compiled(make), *data))
+
+
+def test_infinite_loss_proves_nothing():
+    x, y = comparing.regression()
+    y[3] = np.inf
+    with pytest.warns(RuntimeWarning, match="The loss became"):
+        adaptive(compiled(dense), x, y, policy="measure", epochs=1)
+
+
+def test_outputs_with_masks_of_their_own_are_refused():
+    def make():
+        tokens = keras.Input((4,))
+        embedded = layers.Embedding(5, 2, mask_zero=True)(tokens)
+        model = keras.Model(
+            tokens, [layers.Dense(1)(embedded), layers.Dense(1)(embedded)]
+        )
+        model.compile(loss="mse")
+        return model
+
+    x = np.random.default_rng(0).integers(0, 5, size=(64, 4))
+    y = np.ones((64, 4, 1), "float32")
+    assert_refused(make, x, [y, y], match="several outputs and masks")
+
+
+# Models with a training step of their own.
+
+
+class WithStep(keras.Model):
+    """Trains in a step of its own and says so in its own logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(1)
+        self.seen = self.add_weight(
+            shape=(), initializer="zeros", trainable=False
+        )
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, data):
+        x, y = data
+        error = keras.ops.mean((y - self(x)) ** 2)
+        self.seen.assign_add(keras.ops.cast(keras.ops.shape(x)[0], "float32"))
+        gradients = [
+            0.01 * keras.ops.ones_like(weight) * error
+            for weight in self.trainable_weights
+        ]
+        self.optimizer.apply(gradients, self.trainable_weights)
+        return {"my_error": error, "seen": self.seen.value, "two": 2.0}
+
+
+POLICIES = {
+    "fixed": "fixed",
+    "plateau": kb.policies.GrowOnPlateau("my_error", mode="min"),
+    "schedule": BatchSizeSchedule({0: comparing.BASE}),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_overridden_train_step_keeps_its_logs(policy):
+    data = comparing.regression()
+    make_model = compiled(WithStep)
+
+    ours = adaptive(make_model, *data, policy=POLICIES[policy])
+    theirs = plain(make_model, *data)
+
+    assert set(theirs.history) == {"my_error", "seen", "two"}
+    comparing.assert_same(ours, theirs)
+
+
+def test_overridden_train_step_follows_a_schedule():
+    trained = adaptive(
+        compiled(WithStep),
+        *comparing.regression(),
+        policy=BatchSizeSchedule({1: SUPERBATCH}),
+    )
+    assert trained.history["batch_size"] == [comparing.BASE, SUPERBATCH]
+    assert int(trained.model.optimizer.iterations) == 9 + 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"policy": "goodput"},
+        {"policy": "fixed", "max_batch_size": 2 * SUPERBATCH},
+    ],
+)
+def test_overridden_train_step_is_refused_where_gradients_are_needed(
+    arguments,
+):
+    with pytest.raises(ValueError, match='policy="plateau"') as caught:
+        adaptive(compiled(WithStep), *comparing.regression(), **arguments)
+    assert "override `compute_loss`" in str(caught.value)
+    assert "Received: model of type WithStep" in str(caught.value)
+
+
+def test_errors_have_three_parts():
+    model = compiled(dense, loss=losses.MeanSquaredError(reduction="sum"))()
+    with pytest.raises(ValueError) as caught:
+        exactness.normaliser(model)
+    constraint, rest = str(caught.value).split("Received: ")
+    assert "must be a mean over examples" in constraint
+    assert "reduction=['sum']" in rest
+    assert 'Use reduction="sum_over_batch_size"' in rest
+    assert 'policy="fixed"' in rest
