@@ -135,3 +135,14 @@ def test_blocks_are_found_with_their_lines_and_marks():
         Block("bash", 8, ["second", "  third"], (None, None)),
     ]
     assert as_script(fenced_blocks(page)).splitlines()[7] == "second"
+
+
+def test_reference_lists_the_public_names():
+    # The README's reference names everything that `import keras_batchsize`
+    # offers, and nothing that it does not.
+    import keras_batchsize
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    reference = text.split("## Reference", 1)[1].split("everything public")[0]
+    listed = set(re.findall(r"`(\w+)`", reference))
+    assert listed == set(keras_batchsize.__all__) - {"__version__"}
