@@ -178,6 +178,8 @@ def test_measuring_costs_two_percent_of_the_time(noise_scale):
     # An epoch in advance, 3 % of this training, stays unpaid at its end.
     assert paid <= 0.02 * machine.seconds * 620 / 600
     assert paid >= 0.01 * machine.seconds
+    # One in dozens of superbatches: enough of them are remembered.
+    assert controller.noise_scale.resolved
 
 
 # What holds the size.
@@ -353,6 +355,20 @@ def test_measurements_are_as_large_as_the_noise_needs(noise_scale):
         assert wanted / 2 < examples <= wanted
 
 
+@pytest.mark.parametrize(("every", "distance"), [(1, 1), (64, 1), (65, 2)])
+def test_every_k_counts_updates_from_measurement_to_measurement(
+    every, distance
+):
+    # A superbatch has 64 updates.
+    controller = make_controller(policies.Fixed(), measure_every=every)
+    machine, spent = Machine(100.0), [0.0]
+    for _ in range(20):
+        machine.superbatch(controller)
+        spent.append(machine.measuring_seconds)
+    measured_at = np.flatnonzero(np.diff(spent))
+    assert measured_at.tolist() == list(range(distance, 20, distance))
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 def test_plan_covers_the_batch_within_a_superbatch(replicas):
     controller = make_controller(
@@ -504,6 +520,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(name):
     for resumed_at in [(0,), (3,), (21, 22), (10, 40), range(60)]:
         # NaN is equal to nothing, but prints alike.
         assert repr(record(POLICIES[name], resumed_at)) == repr(whole)
+
+
+def test_a_resumed_training_still_holds_after_a_loss_that_was_not_finite():
+    controller, _ = ready(policies.Fixed(256))
+    after(controller, loss=math.nan)
+    resumed = make_controller(policies.Fixed(256))
+    resumed.set_state(json.loads(json.dumps(controller.get_state())))
+    assert resumed.decide() is None
 
 
 def test_state_of_another_base_is_refused_with_the_right_one():
