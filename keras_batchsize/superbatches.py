@@ -10,9 +10,12 @@ its shuffling, its weights and its errors. Another input kind is a matter of
 `_own_batch_size`, at most.
 """
 
+import functools
 import itertools
 import math
 import types
+from typing import Any
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -24,11 +27,13 @@ from keras_batchsize.plan import largest_on_ladder
 
 # An epoch should have so many superbatches, to change the size within it, ...
 _SUPERBATCHES_PER_EPOCH = 16
-# ... but a superbatch so many batches, or the way through Python takes over, ...
+# ... but a superbatch so many batches, or the way through Python takes over,
 _BATCHES_PER_SUPERBATCH = 16
-# ... with at least so many per epoch, or reading them does not run beside
+# with at least so many per epoch, or reading them does not run beside
 # training on them.
 _FEWEST_PER_EPOCH = 8
+# Small data are handed over in fewer pieces, down to this size.
+_SMALLEST_SUPERBATCH = 256
 # Batches per superbatch where the length of the data is not known.
 _BATCHES_OF_UNKNOWN = 64
 # Keras's default for arrays.
@@ -138,71 +143,95 @@ def make_superbatches(
         ValueError: If there are fewer than 2 examples, or if the superbatch
             does not fit the base batch size.
     """
-    x, batched = _batched(x, model, batch_size)
-    own = None if batched is None else batched
-    base = _base_batch_size(batch_size, own, steps_per_epoch, x)
-    is_arrays = _is_arrays(x)
-    bounds = (_count(x), _count(x)) if is_arrays else None
+    steps_per_epoch = steps_per_epoch or None  # As Keras takes a zero.
+    if batch_size is not None:
+        batch_size = _checked_batch_size(batch_size)
+    data = _batched(x, y, sample_weight, model, batch_size)
+    adapter_for = functools.partial(
+        keras_private.data_adapter_for,
+        data.x,
+        y,
+        sample_weight,
+        class_weight=class_weight,
+    )
+    adapter, is_arrays = None, data.batch_size is None
     if not is_arrays:
-        adapter = keras_private.data_adapter_for(
-            x,
-            y,
-            sample_weight,
-            shuffle=shuffle and isinstance(x, keras.utils.PyDataset),
-            class_weight=class_weight,
+        adapter = adapter_for(
+            shuffle=shuffle and isinstance(x, keras.utils.PyDataset)
         )
-        bounds = _bounds(adapter.num_batches, own)
-    _check_enough(bounds, x)
-    epoch = bounds and bounds[1]
+    bounds = _bounds(data, adapter)
+    epoch = math.inf if bounds is None else bounds[1]
+    _check_enough(epoch, x)
+    base = _base_batch_size(batch_size, data, steps_per_epoch)
     if steps_per_epoch is not None:
         epoch = steps_per_epoch * base
     size = _superbatch_size(superbatch_size, base, epoch)
-    if is_arrays:
-        adapter = keras_private.data_adapter_for(
-            x,
-            y,
-            sample_weight,
-            # "batch" shuffles within batches, so these must be the base ones.
-            batch_size=base if shuffle == "batch" else size,
-            shuffle=shuffle,
-            class_weight=class_weight,
-        )
     sizes = _sizes(size, epoch if steps_per_epoch is not None else None)
-    if is_arrays and steps_per_epoch is None and shuffle != "batch":
-        sizes = None
+    if is_arrays:
+        # "batch" shuffles within batches, so these must be the base ones.
+        own = base if shuffle == "batch" else size
+        adapter = adapter_for(batch_size=own, shuffle=shuffle)
+        if steps_per_epoch is None and shuffle != "batch":
+            sizes = None
     result = Superbatches(adapter, sizes, bounds)
     result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
         result.steps_per_epoch = len(sizes)
-    elif is_arrays or isinstance(x, tf.data.Dataset):
-        # Without it Keras makes two iterators per epoch and throws one away,
-        # with the superbatch that it has begun to read (epoch_iterator.py).
-        result.steps_per_epoch = result.num_batches
     return result
 
 
-def _batched(x, model, batch_size):
-    """Returns x in batches, and how many examples they have (None: arrays)."""
-    if _is_arrays(x):
-        return x, None
+class _Batched(NamedTuple):
+    """What can be told about an input before Keras's adapter reads it.
+
+    Attributes:
+        x: The input, in batches or as arrays.
+        batch_size: Examples in its batches; None for arrays.
+        examples: Examples in one pass over it, if known exactly.
+    """
+
+    x: Any
+    batch_size: int | None
+    examples: int | None
+
+
+def _batched(x, y, sample_weight, model, batch_size):
     if isinstance(x, tf.data.Dataset):
-        if not _is_batched(x, model):
-            return x.batch(batch_size or _DEFAULT_BATCH_SIZE), (
-                batch_size or _DEFAULT_BATCH_SIZE
-            )
-        size = keras.tree.flatten(x.element_spec)[0].shape[0]
-        if size is None:
-            for first in x.take(1):
-                size = int(slicing.count_examples(first))
-        return x, size
+        return _batched_dataset(x, model, batch_size)
     if isinstance(x, keras.utils.PyDataset):
-        return x, _count(x[0])
+        return _of_first_batch(x, None if x.num_batches == 0 else x[0])
     if isinstance(x, types.GeneratorType):
         first = next(x, None)
-        if first is None:
-            return x, None
-        return _chained(first, x), _count(first)
-    return x, getattr(x, "batch_size", None)
+        return _of_first_batch(_chained(first, x), first)
+    if _is_arrays(x):
+        return _Batched(x, None, _count_arrays(x, y, sample_weight))
+    size = keras_private.data_adapter_for(x).batch_size
+    if size is not None:
+        return _Batched(x, size, None)
+    return _of_first_batch(x, next(iter(x), None))
+
+
+def _of_first_batch(x, first):
+    size = 0 if first is None else _count(first)
+    if size == 0:
+        _check_enough(0, x)
+    return _Batched(x, size, None)
+
+
+def _batched_dataset(x, model, batch_size):
+    if _is_batched(x, model, batch_size):
+        size = keras_private.batch_size_of(x)
+        if size is not None and (
+            x.cardinality() > 1
+            or x.cardinality() == tf.data.INFINITE_CARDINALITY
+        ):
+            return _Batched(x, size, None)
+        return _of_first_batch(x, next(iter(x.take(1)), None))
+    size = batch_size or _DEFAULT_BATCH_SIZE
+    examples = int(x.cardinality())
+    if examples < 0:  # Infinite or not known, but perhaps too few.
+        examples = len(list(x.take(2)))
+        examples = None if examples == 2 else examples
+    return _Batched(x.batch(size), size, examples)
 
 
 def _chained(first, rest):
@@ -211,12 +240,7 @@ def _chained(first, rest):
 
 
 def _is_arrays(x):
-    return not (
-        isinstance(
-            x,
-            (tf.data.Dataset, keras.utils.PyDataset, types.GeneratorType),
-        )
-    ) and all(
+    return all(
         getattr(leaf, "shape", None) is not None
         for leaf in keras.tree.flatten(x)
         if leaf is not None
@@ -224,14 +248,40 @@ def _is_arrays(x):
 
 
 def _count(data):
-    leaf = next(
-        leaf for leaf in keras.tree.flatten(data) if leaf is not None
-    )
+    leaf = next(leaf for leaf in keras.tree.flatten(data) if leaf is not None)
     return int(leaf.shape[0])
 
 
-def _is_batched(dataset, model):
-    """Whether the elements of a dataset are batches, by their shapes."""
+def _count_arrays(x, y, sample_weight):
+    """Returns the number of examples, or raises if the arrays disagree."""
+    lengths = {}
+    for name, data in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        for leaf in keras.tree.flatten(data):
+            if getattr(leaf, "shape", None):
+                lengths.setdefault(int(leaf.shape[0]), name)
+    if not lengths:
+        raise ValueError(
+            "`x` must be given: it is what the model is trained on. Received: "
+            f"x={x!r}. Pass arrays, a `tf.data.Dataset`, a `PyDataset` or a "
+            "generator."
+        )
+    if len(lengths) > 1:
+        listed = ", ".join(f"{name} of {n}" for n, name in lengths.items())
+        raise ValueError(
+            "All arrays must hold the same number of examples: they are cut "
+            f"into batches together. Received: {listed} examples. Use the "
+            f"first {min(lengths)} of each, if they belong together."
+        )
+    return next(iter(lengths))
+
+
+def _is_batched(dataset, model, batch_size):
+    """Whether the elements of a dataset are batches, by their shapes.
+
+    The rank of the model's input decides. Where the model has none yet, a
+    first axis of one known length is that of a batch, unless it contradicts
+    the batch size asked for.
+    """
     leaves = [
         spec.shape
         for spec in keras.tree.flatten(dataset.element_spec)
@@ -243,52 +293,58 @@ def _is_batched(dataset, model):
     if len(sizes) > 1:
         return False
     inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
-    if not inputs or leaves[0].rank is None:
-        return True
-    return leaves[0].rank != len(inputs[0].shape) - 1
+    if inputs and leaves[0].rank is not None:
+        return leaves[0].rank != len(inputs[0].shape) - 1
+    return not sizes or batch_size is None or batch_size in sizes
 
 
-def _base_batch_size(batch_size, own, steps_per_epoch, x):
-    if batch_size is not None:
-        return _checks.positive_int(
-            "batch_size",
-            batch_size,
-            "it is the number of examples the learning rate was meant for",
-            "Use batch_size=32.",
-        )
-    if own is not None:
-        return own
-    if steps_per_epoch is not None and _is_arrays(x):
-        return math.ceil(_count(x) / steps_per_epoch)  # As Keras does.
-    return _DEFAULT_BATCH_SIZE
-
-
-def _bounds(batches, batch_size):
-    """Returns the least and most examples that so many batches may hold."""
-    if batches is None or batch_size is None:
-        return None
-    return max(batches - 1, 0) * batch_size + min(batches, 1), (
-        batches * batch_size
+def _checked_batch_size(batch_size):
+    return _checks.positive_int(
+        "batch_size",
+        batch_size,
+        "it is the number of examples the learning rate was meant for",
+        "Use batch_size=32.",
     )
 
 
-def _check_enough(bounds, x):
-    if bounds is not None and bounds[1] < 2:
+def _base_batch_size(batch_size, data, steps_per_epoch):
+    if batch_size is not None:
+        return batch_size
+    if data.batch_size is not None:
+        return data.batch_size
+    if steps_per_epoch is not None:
+        return math.ceil(data.examples / steps_per_epoch)  # As Keras does.
+    return _DEFAULT_BATCH_SIZE
+
+
+def _bounds(data, adapter):
+    """Returns the least and most examples in one pass, None if not known."""
+    if data.examples is not None:
+        return data.examples, data.examples
+    batches, size = adapter.num_batches, data.batch_size
+    if batches is None:
+        return None
+    return max(batches - 1, 0) * size + min(batches, 1), batches * size
+
+
+def _check_enough(examples, x):
+    if examples < 2:
         raise ValueError(
             "The data must hold at least 2 examples: gradient noise is how "
             f"examples differ. Received: x of type {type(x).__name__} with "
-            f"{bounds[1]} examples. Pass more data."
+            f"{examples} examples. Pass more data."
         )
 
 
 def _superbatch_size(given, base, epoch):
     if given is not None:
         return _checked_superbatch_size(given, base)
-    if epoch is None:
+    if epoch == math.inf:
         return base * _BATCHES_OF_UNKNOWN
     limit = max(
         epoch / _SUPERBATCHES_PER_EPOCH,
         min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
+        min(_SMALLEST_SUPERBATCH, epoch),
     )
     return largest_on_ladder(base, limit)
 

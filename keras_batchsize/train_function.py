@@ -69,6 +69,8 @@ class AdaptiveTrainFunction:
         self._state = None
         self._step = 0
         self._factor = 1.0
+        # Not known before the first epoch has ended: taken for long.
+        self._epoch_length = math.inf
         self._loss_was_finite = True
 
     # Taking and giving back the place in the model.
@@ -96,6 +98,7 @@ class AdaptiveTrainFunction:
         Args:
             epoch: Zero-based integer.
         """
+        self._epoch_length = self.epoch_examples or self._epoch_length
         self.epoch = epoch
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
@@ -137,8 +140,11 @@ class AdaptiveTrainFunction:
         return self._model.train_function(iterator)
 
     def _next_steps(self, iterator):
-        logs = None
-        for _ in range(self._model.steps_per_execution):
+        logs, steps = None, self._model.steps_per_execution
+        if self._steps is not None:
+            # Keras rounds up: 10 steps in calls of 4 would become 12.
+            steps = min(steps, self._steps - self._step)
+        for _ in range(steps):
             started = time.perf_counter()
             try:
                 data = slicing.without_optionals(next(iterator))
@@ -285,8 +291,7 @@ class AdaptiveTrainFunction:
 
     def _examples_per_epoch(self):
         if self._steps is None:
-            # Not known before the first epoch has ended: take it for long.
-            return math.inf
+            return self._epoch_length
         return self._steps * self.controller.superbatch_size
 
     def _update(self, data, total):

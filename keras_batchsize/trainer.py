@@ -1,4 +1,6 @@
-"""`AdaptiveTrainer`: Keras's `fit`, with a batch size that follows the noise."""
+"""`AdaptiveTrainer`: a Keras `fit` whose batch size follows the noise."""
+
+import warnings
 
 import keras
 
@@ -151,6 +153,7 @@ class AdaptiveTrainer:
             `examples_per_second` added for each epoch.
         """
         requirements.check_model(self.model)
+        _warn_of_steps_per_execution(self.model)
         if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = (
                 keras_private.train_validation_split(
@@ -212,8 +215,9 @@ class AdaptiveTrainer:
             measure = None
         state = self._state
         controller = Controller(self.policy, ladder, size, measure)
-        if self._controller is not None and self._controller.ladder.base == base:
-            state = self._controller.get_state()
+        last = self._controller
+        if last is not None and last.ladder.base == base:
+            state = last.get_state()
         if state is not None:
             controller.set_state(state)
         self._controller, self._state = controller, None
@@ -284,6 +288,19 @@ class AdaptiveTrainer:
         """
         self._controller = None
         self._state = dict(state) or None
+
+
+def _warn_of_steps_per_execution(model):
+    steps = model.steps_per_execution
+    if steps == 1:
+        return
+    warnings.warn(
+        "`steps_per_execution` is superseded: a superbatch makes many updates "
+        "in one call anyway, and the batch size can change only between "
+        f"calls. Received: steps_per_execution={steps}. Compile with "
+        "steps_per_execution=1.",
+        stacklevel=3,
+    )
 
 
 def fit(

@@ -1,0 +1,800 @@
+"""Every input of `fit`, and law 4: each example exactly once per epoch.
+
+The oracle is plain `fit` of a twin model. With the batch size held, whatever
+Keras does with an input must be done here, bit for bit; see `INPUTS` for the
+kinds. Law 4 counts the examples that a model has trained on.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+
+import comparing
+import keras
+import numpy as np
+import pandas
+import pytest
+import tensorflow as tf
+from comparing import BASE
+from comparing import EXAMPLES
+from comparing import SUPERBATCH
+from comparing import classification
+from comparing import dense
+from comparing import plain
+from comparing import regression
+from keras import layers
+
+import keras_batchsize as kb
+from keras_batchsize.superbatches import make_superbatches
+
+X, Y = regression()
+CLASSES = classification()[1]
+WEIGHTS = np.linspace(0.1, 2.0, EXAMPLES).astype("float32")
+# Whole batches only, for data that repeat or are shuffled by the batch: there
+# plain `fit` trains on the ragged batch in the middle of an epoch.
+WHOLE = EXAMPLES // BASE * BASE
+# Rows of one to four integers, below.
+LENGTHS = np.arange(EXAMPLES) % 4 + 1
+
+
+# The models.
+
+
+def compiled(model, loss="mse", **options):
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss, **options)
+    return model
+
+
+def linear(units=1, **options):
+    """Most inputs are fed to a model as small as can be: tracing is dear."""
+    inputs = keras.Input((comparing.FEATURES,), **options)
+    return keras.Model(inputs, layers.Dense(units)(inputs))
+
+
+def regressor():
+    return compiled(linear())
+
+
+def with_metrics():
+    return compiled(
+        dense(),
+        metrics=["mae"],
+        weighted_metrics=[keras.metrics.MeanSquaredError()],
+    )
+
+
+def classifier():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return compiled(linear(comparing.CLASSES), loss)
+
+
+def of_sparse():
+    return compiled(linear(sparse=True))
+
+
+def two_inputs():
+    one = keras.Input((comparing.FEATURES,), name="one")
+    two = keras.Input((1,), name="two")
+    both = layers.Concatenate()([one, two])
+    return {"one": one, "two": two}, layers.Dense(1)(both)
+
+
+def of_dict():
+    return compiled(keras.Model(*two_inputs()))
+
+
+def of_nest():
+    inputs, output = two_inputs()
+    nest = {"pair": (inputs["one"], [inputs["two"]])}
+    return compiled(keras.Model(nest, output))
+
+
+def two_outputs():
+    inputs = keras.Input((comparing.FEATURES,))
+    outputs = {
+        "size": layers.Dense(1, name="size")(inputs),
+        "kind": layers.Dense(comparing.CLASSES, name="kind")(inputs),
+    }
+    return compiled(
+        keras.Model(inputs, outputs),
+        {
+            "size": "mse",
+            "kind": keras.losses.SparseCategoricalCrossentropy(True),
+        },
+        loss_weights={"size": 1.0, "kind": 0.5},
+        metrics={"size": ["mae"], "kind": ["accuracy"]},
+        weighted_metrics={"size": ["mse"], "kind": []},
+    )
+
+
+class AddsLoss(keras.Model):
+    """Needs no targets: its loss is made inside of `call`."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(comparing.FEATURES)
+
+    def call(self, x):
+        y = self.dense(x)
+        self.add_loss(keras.ops.mean(keras.ops.square(y - x)))
+        return y
+
+
+class Autoencoder(keras.Model):
+    """Needs no targets: its inputs are what it is compared with."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(comparing.FEATURES)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        return keras.ops.mean(keras.ops.square(y_pred - x))
+
+
+def adds_loss():
+    return compiled(AddsLoss(), loss=None)
+
+
+def autoencoder():
+    return compiled(Autoencoder(), loss=None)
+
+
+class OfRagged(keras.Model):
+    """Averages the embeddings of rows of different length."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = self.add_weight(shape=(20, 1), initializer="normal")
+
+    def call(self, rows):
+        table = tf.convert_to_tensor(self.table)
+        looked_up = tf.ragged.map_flat_values(tf.gather, table, rows)
+        return tf.reduce_mean(looked_up, axis=1)
+
+
+def of_ragged():
+    return compiled(OfRagged())
+
+
+# The data.
+
+
+def ragged():
+    values = np.arange(LENGTHS.sum()) % 20
+    return tf.RaggedTensor.from_row_lengths(values, LENGTHS)
+
+
+def sparse():
+    return tf.sparse.from_dense(X * (X > 0))
+
+
+def sliced(*data):
+    return tf.data.Dataset.from_tensor_slices(data)
+
+
+def batches(data=(X, Y), count=None):
+    """Yields the whole batches of arrays, over and over or `count` of them."""
+    for index in range(10**9 if count is None else count):
+        start = index * BASE % WHOLE
+        yield tuple(
+            array if array is None else array[start : start + BASE]
+            for array in data
+        )
+
+
+class Batches(keras.utils.PyDataset):
+    """Counts what Keras asks of it."""
+
+    def __init__(self, *data, examples=EXAMPLES, endless=False, **options):
+        super().__init__(**options)
+        self.data = data
+        self.count = math.ceil(examples / BASE)
+        self.endless = endless
+        self.epochs_begun = self.epochs_ended = 0
+
+    @property
+    def num_batches(self):
+        return None if self.endless else self.count
+
+    def __getitem__(self, index):
+        start = index % self.count * BASE
+        batch = slice(start, start + BASE)
+        return tuple(
+            keras.tree.map_structure(lambda array: array[batch], array)
+            for array in self.data
+        )
+
+    def on_epoch_begin(self):
+        self.epochs_begun += 1
+
+    def on_epoch_end(self):
+        self.epochs_ended += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A way to hand data to `fit`.
+
+    Attributes:
+        name: What it is.
+        make_model: Returns a compiled model.
+        arguments: Returns the arguments of `fit`, made anew.
+        plain: Returns those of plain `fit`, where it needs others.
+        warns: Part of the warning that Keras gives in both.
+    """
+
+    name: str
+    make_model: Callable
+    arguments: Callable
+    plain: Callable | None = None
+    warns: str | None = None
+
+
+def arrays(x=X, y=Y, **arguments):
+    return {"x": x, "y": y, "batch_size": BASE, **arguments}
+
+
+def stream(x, **arguments):
+    return {"x": x, "shuffle": False, **arguments}
+
+
+DICT = {"one": X, "two": X[:, :1]}
+TWO_TARGETS = {"size": Y, "kind": CLASSES}
+OUT_OF_DATA = "Your input ran out of data"
+
+INPUTS = [
+    # Arrays, each shuffled as it is by default.
+    Input("numpy", with_metrics, arrays),
+    Input("numpy-in-order", regressor, lambda: arrays(shuffle=False)),
+    Input("numpy-by-the-batch", regressor, lambda: arrays(shuffle="batch")),
+    Input("numpy-default-size", regressor, lambda: {"x": X, "y": Y}),
+    Input("float64", regressor, lambda: arrays(X.astype("float64"))),
+    Input(
+        "tensors",
+        regressor,
+        lambda: arrays(tf.constant(X), tf.constant(Y)),
+    ),
+    Input(
+        "pandas",
+        regressor,
+        lambda: arrays(pandas.DataFrame(X), pandas.Series(Y[:, 0])),
+    ),
+    Input("dict", of_dict, lambda: arrays(DICT)),
+    Input("nested", of_nest, lambda: arrays({"pair": (X, [X[:, :1]])})),
+    Input("two-outputs", two_outputs, lambda: arrays(y=TWO_TARGETS)),
+    Input(
+        "two-outputs-weighted",
+        two_outputs,
+        lambda: arrays(
+            y=TWO_TARGETS,
+            sample_weight={"size": WEIGHTS, "kind": WEIGHTS[::-1].copy()},
+        ),
+    ),
+    Input("no-targets-add-loss", adds_loss, lambda: arrays(y=None)),
+    Input("no-targets-autoencoder", autoencoder, lambda: arrays(y=None)),
+    Input("ragged", of_ragged, lambda: arrays(ragged())),
+    Input("sparse", of_sparse, lambda: arrays(sparse())),
+    Input("weighted", with_metrics, lambda: arrays(sample_weight=WEIGHTS)),
+    Input(
+        "class-weight",
+        classifier,
+        lambda: arrays(y=CLASSES, class_weight={0: 1.0, 1: 3.0, 2: 0.5}),
+    ),
+    Input(
+        "validation-split", with_metrics, lambda: arrays(validation_split=0.2)
+    ),
+    Input(
+        "validation-data",
+        regressor,
+        lambda: arrays(
+            validation_data=(X[:30], Y[:30], WEIGHTS[:30]),
+            validation_batch_size=4,
+            validation_steps=5,
+            validation_freq=2,
+            epochs=4,
+        ),
+    ),
+    Input(
+        "validation-on-epochs",
+        regressor,
+        lambda: arrays(
+            validation_data=(X, Y), validation_freq=[1, 3], epochs=3
+        ),
+    ),
+    Input(
+        "initial-epoch",
+        regressor,
+        lambda: arrays(initial_epoch=1, epochs=3),
+    ),
+    Input("steps-of-arrays", regressor, lambda: arrays(steps_per_epoch=4)),
+    Input(
+        "steps-of-arrays-give-size",
+        regressor,
+        lambda: {"x": X, "y": Y, "steps_per_epoch": 9},
+    ),
+    Input(
+        "steps-beyond-arrays",
+        regressor,
+        lambda: arrays(steps_per_epoch=7),
+        warns=OUT_OF_DATA,
+    ),
+    # tf.data.
+    Input(
+        "dataset",
+        regressor,
+        lambda: stream(sliced(X, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-unbatched",
+        regressor,
+        lambda: stream(sliced(X, Y), batch_size=BASE),
+        lambda: stream(sliced(X, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-unbatched-inputs-only",
+        autoencoder,
+        lambda: stream(tf.data.Dataset.from_tensor_slices(X), batch_size=BASE),
+        lambda: stream(tf.data.Dataset.from_tensor_slices(X).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-inputs-only",
+        autoencoder,
+        lambda: stream(tf.data.Dataset.from_tensor_slices(X).batch(BASE)),
+    ),
+    Input(
+        "dataset-drop-remainder",
+        regressor,
+        lambda: stream(sliced(X, Y).batch(BASE, drop_remainder=True)),
+    ),
+    Input(
+        "dataset-endless",
+        regressor,
+        lambda: stream(sliced(X, Y).repeat().batch(BASE), steps_per_epoch=10),
+    ),
+    Input(
+        "dataset-endless-unbatched",
+        regressor,
+        lambda: stream(
+            sliced(X, Y).repeat(), steps_per_epoch=10, batch_size=BASE
+        ),
+        lambda: stream(sliced(X, Y).repeat().batch(BASE), steps_per_epoch=10),
+    ),
+    Input(
+        "dataset-steps",
+        regressor,
+        lambda: stream(sliced(X, Y).batch(BASE), steps_per_epoch=4),
+    ),
+    Input(
+        "dataset-shuffled",
+        regressor,
+        lambda: stream(sliced(X, Y).shuffle(EXAMPLES, seed=3).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-dicts",
+        of_dict,
+        lambda: stream(sliced(DICT, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-dicts-unbatched",
+        of_dict,
+        lambda: stream(sliced(DICT, Y), batch_size=BASE),
+        lambda: stream(sliced(DICT, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-weighted",
+        regressor,
+        lambda: stream(sliced(X, Y, WEIGHTS).batch(BASE)),
+    ),
+    Input(
+        "dataset-class-weight",
+        classifier,
+        lambda: stream(
+            sliced(X, CLASSES).batch(BASE),
+            class_weight={0: 1.0, 1: 3.0, 2: 0.5},
+        ),
+    ),
+    Input(
+        "dataset-two-outputs",
+        two_outputs,
+        lambda: stream(sliced(X, TWO_TARGETS).batch(BASE)),
+    ),
+    Input(
+        "dataset-ragged",
+        of_ragged,
+        lambda: stream(sliced(ragged(), Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-ragged-unbatched",
+        of_ragged,
+        lambda: stream(sliced(ragged(), Y), batch_size=BASE),
+        lambda: stream(sliced(ragged(), Y).ragged_batch(BASE)),
+    ),
+    Input(
+        "dataset-sparse",
+        of_sparse,
+        lambda: stream(sliced(sparse(), Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-validated-on-dataset",
+        regressor,
+        lambda: stream(
+            sliced(X, Y).batch(BASE),
+            validation_data=sliced(X, Y).batch(5),
+            validation_steps=3,
+        ),
+    ),
+    # PyDataset.
+    Input("py-dataset", regressor, lambda: stream(Batches(X, Y))),
+    Input(
+        "py-dataset-weighted-dicts",
+        of_dict,
+        lambda: stream(Batches(DICT, Y, WEIGHTS)),
+    ),
+    Input(
+        "py-dataset-two-workers",
+        regressor,
+        lambda: stream(Batches(X, Y, workers=2)),
+    ),
+    Input(
+        "py-dataset-class-weight",
+        classifier,
+        lambda: stream(Batches(X, CLASSES), class_weight={0: 1.0, 1: 3.0}),
+    ),
+    Input(
+        "py-dataset-endless",
+        regressor,
+        lambda: stream(
+            Batches(X, Y, examples=WHOLE, endless=True), steps_per_epoch=5
+        ),
+    ),
+    Input(
+        "py-dataset-steps",
+        regressor,
+        lambda: stream(Batches(X, Y), steps_per_epoch=3),
+    ),
+    # Generators.
+    Input(
+        "generator",
+        regressor,
+        lambda: stream(batches(), steps_per_epoch=6),
+    ),
+    Input(
+        "generator-weighted",
+        regressor,
+        lambda: stream(batches((X, Y, WEIGHTS)), steps_per_epoch=6),
+    ),
+    Input(
+        "generator-of-none-weights",
+        regressor,
+        lambda: stream(batches((X, Y, None)), steps_per_epoch=6),
+    ),
+    Input(
+        "generator-that-ends",
+        regressor,
+        lambda: stream(batches(count=12), steps_per_epoch=6),
+    ),
+]
+
+
+def held(make_model, **arguments):
+    """Trains through the package with the batch size held."""
+    return comparing.adaptive(
+        make_model,
+        policy="fixed",
+        **{"superbatch_size": SUPERBATCH, "batch_size": None, **arguments},
+    )
+
+
+@pytest.mark.parametrize("one", INPUTS, ids=lambda one: one.name)
+def test_training_equals_plain_fit(one):
+    arguments = {"superbatch_size": None, **one.arguments()}
+    if arguments.get("batch_size") == BASE or "shuffle" in arguments:
+        arguments["superbatch_size"] = SUPERBATCH
+    expected = {"batch_size": None, **(one.plain or one.arguments)()}
+
+    with warnings.catch_warnings():
+        if one.warns:
+            warnings.filterwarnings("ignore", one.warns)
+        ours = held(one.make_model, **arguments)
+        theirs = plain(one.make_model, **expected)
+
+    comparing.assert_same(ours, theirs)
+
+
+def test_training_equals_plain_fit_on_a_data_loader():
+    data = pytest.importorskip("torch.utils.data")
+    tensors = [data_tensor(array) for array in (X, Y)]
+    dataset = data.TensorDataset(*tensors)
+
+    def loader(**options):
+        return stream(data.DataLoader(dataset, **options), superbatch_size=32)
+
+    for options in (
+        {"batch_size": BASE},
+        {"batch_size": BASE, "drop_last": True},
+        # No batch size of its own: the sampler makes the batches.
+        {
+            "batch_sampler": data.BatchSampler(
+                data.SequentialSampler(dataset), BASE, drop_last=False
+            )
+        },
+    ):
+        expected = {**loader(**options), "batch_size": None}
+        expected.pop("superbatch_size")
+        comparing.assert_same(
+            held(regressor, **loader(**options)), plain(regressor, **expected)
+        )
+
+
+def data_tensor(array):
+    return pytest.importorskip("torch").from_numpy(array)
+
+
+# Where plain `fit` and this package differ, and should.
+
+
+def test_no_update_is_counted_that_was_not_made():
+    # Without a known cardinality Keras counts one update too many in each
+    # epoch: the train function that finds no data has raised the counter.
+    def unknown():
+        dataset = sliced(X, Y).batch(BASE).filter(lambda x, y: True)
+        return stream(dataset, epochs=3)
+
+    with pytest.warns(UserWarning, match=OUT_OF_DATA):
+        ours = held(regressor, **unknown())
+    with pytest.warns(UserWarning, match=OUT_OF_DATA):
+        theirs = plain(regressor, batch_size=None, **unknown())
+
+    updates = 3 * math.ceil(EXAMPLES / BASE)
+    assert ours.model.optimizer.iterations == updates
+    for one, two in zip(ours.model.get_weights(), theirs.model.get_weights()):
+        np.testing.assert_array_equal(one, two)
+    for name, values in theirs.history.items():
+        assert ours.history[name] == values
+
+
+def test_a_generator_without_steps_is_trained_on_to_its_end():
+    with pytest.warns(UserWarning, match=OUT_OF_DATA):
+        ours = held(regressor, **stream(batches(count=9), epochs=1))
+
+    assert ours.model.optimizer.iterations == 9
+
+
+def test_ragged_batches_in_the_middle_are_cut_anew():
+    # 8 whole batches and one of 6, over and over: superbatches are cut from
+    # the examples, so each update has as many as were asked for.
+    dataset = sliced(X, Y).batch(BASE).repeat()
+
+    ours = held(regressor, **stream(dataset, steps_per_epoch=10, epochs=2))
+    theirs = plain(
+        regressor,
+        batch_size=None,
+        **stream(
+            sliced(X, Y).repeat().batch(BASE), steps_per_epoch=10, epochs=2
+        ),
+    )
+
+    comparing.assert_same(ours, theirs)
+
+
+def test_a_dataset_can_be_cut_into_another_base_size():
+    dataset = sliced(X, Y).batch(5)
+
+    ours = held(regressor, **stream(dataset, batch_size=BASE))
+    theirs = plain(regressor, **arrays(shuffle=False))
+
+    comparing.assert_same(ours, theirs)
+
+
+def test_a_shuffled_py_dataset_hands_over_every_batch():
+    # Keras shuffles by Python's `random`, which both seed alike.
+    def data():
+        return {"x": Batches(X[:WHOLE], Y[:WHOLE], examples=WHOLE)}
+
+    ours = held(regressor, **data())
+    theirs = plain(regressor, batch_size=None, **data())
+
+    comparing.assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_py_dataset_is_told_of_epochs_as_often_as_by_plain_fit(workers):
+    ours, theirs = (Batches(X, Y, workers=workers) for _ in range(2))
+
+    held(regressor, **stream(ours), epochs=3)
+    plain(regressor, batch_size=None, **stream(theirs), epochs=3)
+
+    assert ours.epochs_begun == theirs.epochs_begun
+    assert ours.epochs_ended == theirs.epochs_ended
+
+
+# Law 4.
+
+
+class Seen(keras.metrics.Metric):
+    """Counts how often each example, named by its target, was trained on."""
+
+    def __init__(self, examples):
+        super().__init__(name="seen")
+        self.counts = self.add_weight(
+            shape=(examples,), initializer="zeros", dtype="int32"
+        )
+
+    def update_state(self, y, y_pred, sample_weight=None):
+        ids = tf.cast(tf.reshape(y, [-1]), tf.int32)
+        size = self.counts.shape[0]
+        self.counts.assign_add(tf.math.bincount(ids, minlength=size))
+
+    def result(self):
+        return keras.ops.sum(self.counts)
+
+    def reset_state(self):
+        """Keeps the counts: `EpochCounts` empties them."""
+
+
+class EpochCounts(keras.callbacks.Callback):
+    """Reads at each epoch's end what was seen and how many updates made."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+        self.counts, self.updates, self.steps = [], [], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.steps.append(0)
+        self.begin = int(self.model.optimizer.iterations)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps[-1] += 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.counts.append(keras.ops.convert_to_numpy(self.seen.counts))
+        self.seen.counts.assign(0 * self.seen.counts)
+        self.updates.append(int(self.model.optimizer.iterations) - self.begin)
+
+
+# Up and down, below and above the superbatch of 16 examples, and by more than
+# one step of the ladder at once.
+SIZES = [8, 32, 16, 64, 8, 128]
+IDS = np.arange(EXAMPLES, dtype="float32")[:, None]
+
+
+def train_on_schedule(x, y=None, policy=None, **arguments):
+    seen = Seen(EXAMPLES)
+    model = linear()
+    model.compile(keras.optimizers.SGD(1e-6), "mse", metrics=[seen])
+    counts = EpochCounts(seen)
+    trainer = kb.AdaptiveTrainer(
+        model,
+        policy=policy or kb.policies.BatchSizeSchedule(lambda e: SIZES[e]),
+        learning_rate_scaling="none",
+        superbatch_size=16,
+        max_batch_size=128,
+        verbose=0,
+    )
+    history = trainer.fit(
+        x,
+        y,
+        epochs=len(SIZES),
+        verbose=0,
+        callbacks=[counts],
+        **arguments,
+    )
+    return counts, history.history["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("data", "warns"),
+    [
+        (lambda: {"x": X, "y": IDS, "batch_size": BASE}, False),
+        (lambda: {"x": sliced(X, IDS).batch(BASE)}, False),
+        (lambda: {"x": sliced(X, IDS).shuffle(70).batch(BASE)}, False),
+        (lambda: {"x": Batches(X, IDS, workers=2)}, False),
+        (
+            lambda: {
+                "x": sliced(X, IDS).batch(BASE).filter(lambda x, y: True)
+            },
+            True,
+        ),
+    ],
+    ids=["arrays", "dataset", "shuffled", "py-dataset", "unknown-length"],
+)
+def test_each_example_exactly_once_per_epoch(data, warns):
+    with warnings.catch_warnings():
+        if warns:
+            warnings.filterwarnings("ignore", OUT_OF_DATA)
+        counts, batch_sizes = train_on_schedule(**data())
+
+    assert batch_sizes == SIZES
+    for seen in counts.counts:
+        np.testing.assert_array_equal(seen, 1)
+    assert counts.updates == [math.ceil(EXAMPLES / size) for size in SIZES]
+
+
+def test_each_example_exactly_once_per_epoch_while_noise_is_measured():
+    counts, _ = train_on_schedule(X, IDS, batch_size=BASE, policy="goodput")
+
+    for seen in counts.counts:
+        np.testing.assert_array_equal(seen, 1)
+
+
+def test_steps_per_epoch_go_on_where_the_last_epoch_ended():
+    # 5 batches of 8 a time, over 70 examples that repeat: 240 in 6 epochs.
+    dataset = sliced(X, IDS).repeat().batch(BASE)
+
+    counts, _ = train_on_schedule(dataset, steps_per_epoch=5)
+
+    total = np.sum(counts.counts, axis=0)
+    expected = np.bincount(np.arange(6 * 5 * BASE) % EXAMPLES)
+    np.testing.assert_array_equal(total, expected)
+    assert counts.updates == [math.ceil(5 * BASE / size) for size in SIZES]
+
+
+def test_keras_counts_the_same_steps_in_every_epoch():
+    counts, _ = train_on_schedule(X, IDS, batch_size=BASE)
+
+    superbatches = math.ceil(EXAMPLES / 16)
+    assert counts.steps == [superbatches] * len(SIZES)
+    assert counts.params["steps"] == superbatches
+
+
+# What Keras is told.
+
+
+@pytest.mark.parametrize("batch_size", [8, 24, 32, 500])
+@pytest.mark.parametrize("steps", [None, 400])
+def test_the_superbatch_leaves_room_to_change_within_an_epoch(
+    batch_size, steps
+):
+    x = np.zeros((20_000, 1), "float32")
+
+    made = make_superbatches(
+        None, x, x, batch_size=batch_size, steps_per_epoch=steps
+    )
+
+    batches_in_one = made.superbatch_size / batch_size
+    assert made.base_batch_size == batch_size
+    assert batches_in_one >= 1
+    assert math.log2(batches_in_one).is_integer()
+    epoch = len(x) if steps is None else steps * batch_size
+    assert made.examples_per_epoch == epoch
+    assert epoch / made.superbatch_size >= 8
+
+
+def test_reading_ahead_does_not_disturb_a_shuffle():
+    # The size of its batches is told without an iteration, which would take
+    # the first order of a seeded shuffle away.
+    dataset = sliced(X, Y).shuffle(EXAMPLES, seed=3).batch(BASE)
+    twin = sliced(X, Y).shuffle(EXAMPLES, seed=3).batch(BASE)
+
+    make_superbatches(regressor(), dataset)
+
+    first, other = next(iter(dataset)), next(iter(twin))
+    np.testing.assert_array_equal(first[0], other[0])
+
+
+def test_steps_per_execution_is_superseded_and_said_to_be():
+    def slow():
+        return compiled(linear(), steps_per_execution=4)
+
+    with pytest.warns(UserWarning, match="steps_per_execution=4") as caught:
+        ours = held(slow, **arrays(superbatch_size=16))
+    theirs = plain(regressor, **arrays())
+
+    assert "steps_per_execution=1" in str(caught[0].message)
+    comparing.assert_same(ours, theirs)
+
+
+def test_steps_per_execution_does_not_lengthen_an_epoch():
+    model = compiled(linear(), steps_per_execution=4)
+    trainer = kb.AdaptiveTrainer(model, "fixed", superbatch_size=8, verbose=0)
+    dataset = sliced(X, Y).repeat().batch(BASE)
+
+    with pytest.warns(UserWarning, match="steps_per_execution"):
+        trainer.fit(dataset, steps_per_epoch=10, epochs=2, verbose=0)
+
+    assert model.optimizer.iterations == 2 * 10
