@@ -109,7 +109,7 @@ def masked_weight(sample_weight, mask):
 
 
 @contextlib.contextmanager
-def learning_rate_replaced(optimizer, replace, weight_decay_factor):
+def learning_rate_replaced(optimizer, replace, weight_decays):
     """Lets an optimizer see another rate and weight decay, while in scope.
 
     Only what the optimizer object refers to is exchanged, no value of any
@@ -120,23 +120,27 @@ def learning_rate_replaced(optimizer, replace, weight_decay_factor):
         optimizer: A Keras optimizer without optimizers inside.
         replace: Function from the held rate (a variable, a schedule or a
             callable) to the tensor to use instead.
-        weight_decay_factor: Tensor that decoupled weight decay is multiplied
-            by.
+        weight_decays: Dict from attributes of the optimizer to the tensors to
+            use instead.
 
     Yields:
         None.
     """
-    held, decay = optimizer._learning_rate, optimizer.weight_decay
+    held = optimizer._learning_rate
     rate = replace(held)
-    object.__setattr__(optimizer, "_learning_rate", lambda: rate)
-    if decay is not None:
-        scaled = decay * weight_decay_factor
-        object.__setattr__(optimizer, "weight_decay", scaled)
+    # Adafactor does not take a callable for a relative rate (adafactor.py).
+    exchanged = {
+        "_learning_rate": (lambda: rate) if callable(held) else rate,
+        **weight_decays,
+    }
+    before = {name: getattr(optimizer, name) for name in exchanged}
     try:
+        for name, value in exchanged.items():
+            object.__setattr__(optimizer, name, value)
         yield
     finally:
-        object.__setattr__(optimizer, "_learning_rate", held)
-        object.__setattr__(optimizer, "weight_decay", decay)
+        for name, value in before.items():
+            object.__setattr__(optimizer, name, value)
 
 
 def held_learning_rate(optimizer):

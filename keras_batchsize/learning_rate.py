@@ -4,7 +4,8 @@ The user's rate stays the base rate: `optimizer.learning_rate`, as callbacks
 and user code see it, is never changed. While an update is traced (or run
 eagerly) the optimizer is shown `base rate x factor` in its place.
 
-A quirk of another optimizer belongs into `slots_holding_the_rate`.
+A quirk of another optimizer belongs into `slots_holding_the_rate` or
+`decoupled_weight_decays`.
 """
 
 import contextlib
@@ -22,16 +23,34 @@ class RateInForce(NamedTuple):
     Attributes:
         factor: Multiplies the base rate; scalar float32 tensor.
         weight_decay_factor: Multiplies decoupled weight decay; likewise.
-        base_step: Number of base batches seen so far, which is the step that
-            a `LearningRateSchedule` is asked for; scalar int64 tensor.
+        base_step: The step that a `LearningRateSchedule` is asked for, on
+            the clock of base batches; scalar int64 tensor.
+        examples: Examples seen since that step; scalar int64 tensor.
     """
 
     factor: tf.Tensor
     weight_decay_factor: tf.Tensor
     base_step: tf.Tensor
+    examples: tf.Tensor
+
+    def at(self, position, base_batch_size):
+        """Returns the rate at an example.
+
+        Args:
+            position: Scalar integer tensor, counted from where `examples` is
+                now; negative for an update that began earlier.
+            base_batch_size: Examples per step of the clock.
+
+        Returns:
+            A `RateInForce` with `base_step` moved on.
+        """
+        seen = self.examples + tf.cast(position, tf.int64)
+        return self._replace(
+            base_step=self.base_step + seen // base_batch_size
+        )
 
 
-def rate_in_force(factor, ratio, base_step):
+def rate_in_force(factor, ratio, base_step, examples):
     """Returns the `RateInForce` for a factor.
 
     Keras applies decoupled weight decay as `w -= w·rate·decay`, once per
@@ -44,7 +63,8 @@ def rate_in_force(factor, ratio, base_step):
     Args:
         factor: What the rate is multiplied by.
         ratio: B/B₀ if the rate follows the batch size, else `factor`.
-        base_step: Number of base batches seen so far.
+        base_step: Step of the schedule at the start of the epoch.
+        examples: Examples seen in the epoch.
 
     Returns:
         A `RateInForce`.
@@ -53,6 +73,7 @@ def rate_in_force(factor, ratio, base_step):
         factor=tf.constant(factor, tf.float32),
         weight_decay_factor=tf.constant(ratio / factor, tf.float32),
         base_step=tf.constant(base_step, tf.int64),
+        examples=tf.constant(examples, tf.int64),
     )
 
 
@@ -88,7 +109,8 @@ def rule_for(optimizer):
         Name of a rule.
     """
     inside = optimizers_inside(optimizer)
-    if all(isinstance(one, keras.optimizers.SGD) for one in inside):
+    # A `MultiOptimizer` may know none before it is built.
+    if inside and all(isinstance(one, keras.optimizers.SGD) for one in inside):
         return "linear"
     return "sqrt"
 
@@ -133,7 +155,12 @@ def applied(optimizer, rate):
         for one in optimizers_inside(optimizer) if optimizer else ():
             stack.enter_context(
                 keras_private.learning_rate_replaced(
-                    one, replacement, rate.weight_decay_factor
+                    one,
+                    replacement,
+                    {
+                        name: decay * rate.weight_decay_factor
+                        for name, decay in decoupled_weight_decays(one).items()
+                    },
                 )
             )
         yield
@@ -154,6 +181,23 @@ def effective_rate(optimizer, rate):
     held = keras_private.held_learning_rate(optimizers_inside(optimizer)[0])
     base = base_rate(held, rate.base_step)
     return tf.cast(base, tf.float32) * rate.factor
+
+
+def decoupled_weight_decays(optimizer):
+    """Returns the weight decays that Keras multiplies by the rate.
+
+    Args:
+        optimizer: A Keras optimizer without optimizers inside.
+
+    Returns:
+        Dict from names of attributes to numbers.
+    """
+    names = ["weight_decay"]
+    if isinstance(optimizer, keras.optimizers.Muon):
+        # For the weights that it leaves to Adam (muon.py).
+        names.append("adam_weight_decay")
+    decays = {name: getattr(optimizer, name) for name in names}
+    return {name: one for name, one in decays.items() if one is not None}
 
 
 def slots_holding_the_rate(optimizer):

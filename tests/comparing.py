@@ -17,6 +17,23 @@ import keras_batchsize as kb
 BASE, SUPERBATCH, EXAMPLES = 8, 32, 70
 FEATURES, CLASSES = 5, 3
 
+schedules = keras.optimizers.schedules
+
+SCHEDULES = {
+    "CosineDecay": lambda: schedules.CosineDecay(
+        0.1, 12, warmup_target=0.2, warmup_steps=4
+    ),
+    "CosineDecayRestarts": lambda: schedules.CosineDecayRestarts(0.1, 5),
+    "ExponentialDecay": lambda: schedules.ExponentialDecay(0.1, 5, 0.5),
+    "InverseTimeDecay": lambda: schedules.InverseTimeDecay(
+        0.1, 5, 0.5, staircase=True
+    ),
+    "PiecewiseConstantDecay": lambda: schedules.PiecewiseConstantDecay(
+        [4, 11], [0.1, 0.05, 0.01]
+    ),
+    "PolynomialDecay": lambda: schedules.PolynomialDecay(0.1, 15),
+}
+
 
 def regression(examples=EXAMPLES, seed=0):
     """Returns x of shape (examples, 5) and y of shape (examples, 1)."""
@@ -89,6 +106,53 @@ def for_two_outputs(examples=EXAMPLES):
     """Returns (x, dict of y)."""
     x, size = regression(examples)
     return x, {"size": size, "kind": classification(examples)[1]}
+
+
+class Offset(keras.layers.Layer):
+    """Returns w - x."""
+
+    def __init__(self, regularizer=None, **options):
+        super().__init__(**options)
+        self.regularizer = regularizer
+
+    def build(self, input_shape):
+        self.w = self.add_weight(
+            shape=input_shape[1:],
+            initializer=keras.initializers.Constant(0.5),
+            regularizer=self.regularizer,
+        )
+
+    def call(self, x):
+        return self.w - x
+
+
+class HalfSquare(keras.losses.Loss):
+    """Half a squared norm per example: its gradient is that of the output."""
+
+    def call(self, y_true, y_pred):
+        return 0.5 * keras.ops.sum(y_pred**2, axis=-1)
+
+
+def stand_still():
+    """An optimizer that changes nothing."""
+    return keras.optimizers.SGD(0.0)
+
+
+def of_layer(layer, optimizer=stand_still, **loss_arguments):
+    """Returns a factory of models of one layer."""
+
+    def make():
+        model = keras.Sequential([keras.Input((FEATURES,)), layer()])
+        loss = HalfSquare(**loss_arguments)
+        model.compile(optimizer=optimizer(), loss=loss)
+        return model
+
+    return make
+
+
+def offset(*compile_arguments, **loss_arguments):
+    """Returns a factory of models of which all is known."""
+    return of_layer(Offset, *compile_arguments, **loss_arguments)
 
 
 @dataclasses.dataclass

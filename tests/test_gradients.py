@@ -1,8 +1,8 @@
 """Measured gradients of a model whose gradients are known.
 
-`Offset` has the gradient w - xᵢ for example i, so both moments are functions
-of the data: G = w - mean(x), tr(Σ) = trace of the covariance of x. The graph's
-norms are compared with NumPy's for the same parts.
+`comparing.Offset` has the gradient w - xᵢ for example i, so both moments are
+functions of the data: G = w - mean(x), tr(Σ) = trace of the covariance of x.
+The graph's norms are compared with NumPy's for the same parts.
 """
 
 import comparing
@@ -10,7 +10,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from comparing import FEATURES
+from comparing import Offset
 from comparing import adaptive
+from comparing import of_layer
+from comparing import offset
 
 from keras_batchsize import learning_rate
 from keras_batchsize import noise
@@ -18,59 +22,15 @@ from keras_batchsize.update_graphs import UpdateGraphs
 
 optimizers = keras.optimizers
 
-WIDTH = 4
-
 # Sums of some hundred float32 squares; what is kept in float64 adds nothing.
 RTOL = 2e-6
-
-
-class Offset(keras.layers.Layer):
-    """Returns w - x."""
-
-    def __init__(self, regularizer=None, **options):
-        super().__init__(**options)
-        self.regularizer = regularizer
-
-    def build(self, input_shape):
-        self.w = self.add_weight(
-            shape=input_shape[1:],
-            initializer=keras.initializers.Constant(0.5),
-            regularizer=self.regularizer,
-        )
-
-    def call(self, x):
-        return self.w - x
-
-
-class HalfSquare(keras.losses.Loss):
-    """Half a squared norm per example: its gradient is that of the output."""
-
-    def call(self, y_true, y_pred):
-        return 0.5 * keras.ops.sum(y_pred**2, axis=-1)
-
-
-def of_layer(layer, optimizer=lambda: optimizers.SGD(0.0), **loss_arguments):
-    """Returns a factory of models of one layer."""
-
-    def make():
-        model = keras.Sequential([keras.Input((WIDTH,)), layer()])
-        loss = HalfSquare(**loss_arguments)
-        model.compile(optimizer=optimizer(), loss=loss)
-        return model
-
-    return make
-
-
-def offset(*compile_arguments, **loss_arguments):
-    """Returns a factory of models of which all is known."""
-    return of_layer(Offset, *compile_arguments, **loss_arguments)
 
 
 def rows(examples, seed=0):
     """Returns x with a known mean and covariance, far from isotropic."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(examples, WIDTH)) * [2.0, 1.0, 0.5, 0.1] + 0.2
-    return x.astype("float32")
+    x = rng.normal(size=(examples, FEATURES)) * [2.0, 1.0, 0.5, 0.2, 0.1]
+    return (x + 0.2).astype("float32")
 
 
 def graphs_for(model, *data):
@@ -286,7 +246,7 @@ class Pair(keras.layers.Layer):
 
 
 def test_norms_of_tensors_are_added_in_float64():
-    x = np.ones((16, WIDTH), "float32")
+    x = np.ones((16, FEATURES), "float32")
     norms = measured(of_layer(Pair), x, x)
     # Next to 1e8 float32 resolves 8.
     assert norms.micro_sq_norm == norms.mean_sq_norm == 1e8 + 1.0
@@ -299,14 +259,14 @@ def embedding(sparse):
         tokens = keras.Input((3,), dtype="int32")
         if sparse:
             vectors = keras.layers.Embedding(
-                5, WIDTH, embeddings_initializer="ones"
+                5, FEATURES, embeddings_initializer="ones"
             )(tokens)
         else:
             vectors = keras.layers.Dense(
-                WIDTH, use_bias=False, kernel_initializer="ones"
+                FEATURES, use_bias=False, kernel_initializer="ones"
             )(keras.ops.one_hot(tokens, 5))
         model = keras.Model(tokens, keras.ops.mean(vectors, axis=1))
-        model.compile(optimizer=optimizers.Adam(0.1), loss=HalfSquare())
+        model.compile(optimizers.Adam(0.1), comparing.HalfSquare())
         return model
 
     return make

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 from comparing import BASE
+from comparing import SCHEDULES
 from comparing import SUPERBATCH
 from comparing import adaptive
 from comparing import compiled
@@ -195,22 +196,6 @@ def test_measuring_leaves_plain_fit_bit_for_bit(name):
 
 # Law 3.
 
-SCHEDULES = {
-    "CosineDecay": lambda: schedules.CosineDecay(
-        0.1, 12, warmup_target=0.2, warmup_steps=4
-    ),
-    "CosineDecayRestarts": lambda: schedules.CosineDecayRestarts(0.1, 5),
-    "ExponentialDecay": lambda: schedules.ExponentialDecay(0.1, 5, 0.5),
-    "InverseTimeDecay": lambda: schedules.InverseTimeDecay(
-        0.1, 5, 0.5, staircase=True
-    ),
-    "PiecewiseConstantDecay": lambda: schedules.PiecewiseConstantDecay(
-        [4, 11], [0.1, 0.05, 0.01]
-    ),
-    "PolynomialDecay": lambda: schedules.PolynomialDecay(0.1, 15),
-}
-
-
 def test_every_schedule_of_keras_is_tried():
     known = {
         name
@@ -219,7 +204,7 @@ def test_every_schedule_of_keras_is_tried():
         and issubclass(one, schedules.LearningRateSchedule)
         and one is not schedules.LearningRateSchedule
     }
-    assert known == set(SCHEDULES), "Add the new schedule to SCHEDULES."
+    assert known == set(SCHEDULES), "Add the new one to `SCHEDULES`."
 
 
 def last_rates(trained):
