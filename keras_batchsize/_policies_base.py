@@ -20,7 +20,7 @@ class Status:
         trace: tr(Σ), same unit.
         step_time: The `StepTime` of this run, or None before the first timed
             update.
-        learning_rate: The rate in force, with the factor for `batch_size`.
+        learning_rate: The base rate, without the factor for `batch_size`.
         loss: Mean training loss of the epoch so far. NaN if there is none.
         epoch: Zero-based integer.
     """

@@ -160,6 +160,11 @@ def _skipped(report):
     return f"{count:,} (gradients not finite)" if count else ""
 
 
+def _recommended(report):
+    size = report.settings.get("recommended_batch_size")
+    return f"{size:,}" if size else ""
+
+
 TOTALS = (
     Total("Examples", _examples),
     Total("Updates", _updates),
@@ -168,6 +173,7 @@ TOTALS = (
     Total("Examples/s", _examples_per_second),
     Total("Final batch size", _final_batch_size),
     Total("Final noise scale", _noise_scale),
+    Total("Recommended size", _recommended),
     Total("Skipped measurements", _skipped),
 )
 

@@ -6,9 +6,7 @@ measuring and deciding happen elsewhere. None of them holds anything but its
 arguments before `on_train_begin`, so that they can be deep-copied.
 """
 
-import json
 import math
-import os
 
 import keras
 
@@ -18,6 +16,11 @@ from keras_batchsize import learning_rate
 from keras_batchsize import policies
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._callbacks_backup import BackupAndRestore
+from keras_batchsize._callbacks_base import train_function_of
+from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
+from keras_batchsize._controller_advice import recommended_batch_size
+from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
@@ -26,12 +29,12 @@ from keras_batchsize.report import Report
 from keras_batchsize.report import Row
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
-
-def _train_function_of(model):
-    """Returns the model's adaptive train function, or None."""
-    function = model.train_function
-    is_adaptive = isinstance(function, AdaptiveTrainFunction)
-    return function if is_adaptive and function.is_current else None
+__all__ = [
+    "BackupAndRestore",
+    "DynamicBatchSize",
+    "ExamplesProgbarLogger",
+    "LearningRateScaling",
+]
 
 
 class DynamicBatchSize(keras.callbacks.Callback):
@@ -128,12 +131,6 @@ class DynamicBatchSize(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Puts the adaptive train function in place."""
         requirements.check_model(self.model)
-        if _train_function_of(self.model) is not None:
-            raise ValueError(
-                "Only one callback may decide the batch size. Received: a "
-                "second `DynamicBatchSize`, or one after a static "
-                "`LearningRateScaling`. Remove one of them."
-            )
         function = AdaptiveTrainFunction(
             self.model,
             self.make_controller,
@@ -142,20 +139,30 @@ class DynamicBatchSize(keras.callbacks.Callback):
         )
         function.on_superbatch = self._record
         function.on_decision = self._announce
+        function.on_epoch_end = self.on_epoch_end
         self.report = Report()
         self._train_function = function
         function.install()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the epoch's count of examples and seconds."""
-        self._train_function.start_epoch(epoch)
+        function = self.model.train_function
+        if function is not self._train_function:
+            self.close()
+            function.uninstall()
+            raise ValueError(
+                "Only one callback may decide the batch size: an update has "
+                "one size. Received: callbacks with two `DynamicBatchSize`, "
+                "or one beside an `AdaptiveTrainer`. Remove one of them."
+            )
+        function.start_epoch(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds batch size, noise scale and speed to the logs."""
         function = self._train_function
         controller = function.controller
-        if controller is None:
-            return
+        if controller is None or "batch_size" in logs:
+            return  # A `BackupAndRestore` has been here first.
         function.finish_pending()
         seconds = function.epoch_seconds
         estimate = controller.noise_scale
@@ -179,9 +186,13 @@ class DynamicBatchSize(keras.callbacks.Callback):
         if function.controller is not None:
             self._complete_report(function)
 
+    def __getstate__(self):
+        """Leaves graphs out: a copy can train, but not go on with them."""
+        return {**vars(self), "_train_function": None}
+
     def _announce(self, decision):
         """Prints and records a change of the size."""
-        function, controller = self._train_function, None
+        function = self._train_function
         controller = function.controller
         rate = function.next_learning_rate()
         self.report.add_change(
@@ -256,9 +267,10 @@ class DynamicBatchSize(keras.callbacks.Callback):
             min_batch_size=controller.ladder.sizes[0],
             max_batch_size=controller.ladder.sizes[-1],
             measuring_share=controller.measuring.share,
+            recommended_batch_size=recommended_batch_size(controller),
         )
         if not report.changes:
-            report.settings["reason_unchanged"] = controller.why_unchanged()
+            report.settings["reason_unchanged"] = why_unchanged(controller)
 
 
 class LearningRateScaling(keras.callbacks.Callback):
@@ -333,7 +345,7 @@ class LearningRateScaling(keras.callbacks.Callback):
             self._static.start_epoch(epoch)
 
     def _attach(self):
-        function = _train_function_of(self.model)
+        function = train_function_of(self.model)
         if function is None:
             function = self._static = self._make_static()
         auto = learning_rate.rule_for(self.model.optimizer)
@@ -354,105 +366,34 @@ class LearningRateScaling(keras.callbacks.Callback):
                 "was meant for and the `batch_size` given to `fit`, or add "
                 "kb.DynamicBatchSize()."
             )
-        size = self.batch_size
         function = AdaptiveTrainFunction(
             self.model,
-            lambda _: Controller(
-                policies.Fixed(), Ladder(size, size, size), size, None
-            ),
+            self._static_controller,
             steps=self.params.get("steps"),
             epochs=self.params.get("epochs", 1),
         )
         function.install()
         return function
 
+    def _static_controller(self, examples):
+        size = self.batch_size
+        is_whole_epoch = self.params.get("steps") == 1 and examples < size
+        if examples != size and not is_whole_epoch:
+            raise ValueError(
+                "`batch_size` of `LearningRateScaling` must be that of `fit`: "
+                "the rate is scaled for it. Received: "
+                f"batch_size={size}, and batches of {examples} examples. Use "
+                f"LearningRateScaling(..., batch_size={examples})."
+            )
+        return Controller(
+            policies.Fixed(), Ladder(size, size, size), size, None
+        )
+
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""
         if self._static is not None:
             self._static.uninstall()
 
-
-class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Keras's callback of that name, with the batch size's state added.
-
-    Beside the weights it saves the batch size, the noise statistics, the
-    clocks and the policy's state, so that an interrupted training goes on as
-    if it had not been. Takes the arguments of
-    `keras.callbacks.BackupAndRestore`.
-    """
-
-    _STATE_FILE = "batch_size.json"
-
-    def on_train_begin(self, logs=None):
-        """Loads the weights, and the state for the first epoch."""
-        super().on_train_begin(logs)
-        self._state = None
-        path = os.path.join(self.backup_dir, self._STATE_FILE)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                self._state = json.load(file)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Hands the state over, once every callback has begun."""
-        super().on_epoch_begin(epoch, logs)
-        function = _train_function_of(self.model)
-        if self._state is not None and function is not None:
-            function.set_state(self._state)
-        self._state = None
-
-    def _save_model(self):
-        """Adds a file to what Keras saves (a private hook of Keras)."""
-        super()._save_model()
-        function = _train_function_of(self.model)
-        if function is None or function.controller is None:
-            return
-        path = os.path.join(self.backup_dir, self._STATE_FILE)
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            json.dump(function.get_state(), file)
-        os.replace(path + ".new", path)
-
-
-class ExamplesProgbarLogger(keras.callbacks.ProgbarLogger):
-    """The progress bar, counting examples and showing the batch size.
-
-    Keras uses it instead of its own bar when it is among the callbacks.
-
-    Args:
-        examples: Examples per epoch. None for Keras's count of steps times
-            the superbatch size.
-    """
-
-    def __init__(self, examples=None):
-        super().__init__()
-        self.examples = examples
-        self._steps = None
-
-    def set_params(self, params):
-        """Takes `verbose` and the number of epochs from `fit`."""
-        super().set_params(params)
-        self._steps = self.target
-        self.target = self.examples
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Starts a bar."""
-        super().on_epoch_begin(epoch, logs)
-        self.progbar.unit_name = "example"
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Moves the bar on by the examples of the superbatch."""
-        function = _train_function_of(self.model)
-        if function is None:
-            self.progbar.unit_name = "step"
-            super().on_train_batch_end(batch, logs)
-            return
-        controller = function.controller
-        if self.target is None and self._steps:
-            self.target = self._steps * controller.superbatch_size
-            self.progbar.target = self.target
-        shown = {**(logs or {}), "batch_size": controller.batch_size}
-        super().on_train_batch_end(function.epoch_examples - 1, shown)
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Ends the bar at the number of examples that there were."""
-        self.target = self.progbar.target = self.seen
-        super().on_epoch_end(epoch, logs)
+    def __getstate__(self):
+        """Leaves graphs out: a copy can train, but not go on with them."""
+        return {**vars(self), "_static": None, "_attached": False}

@@ -11,6 +11,7 @@ from keras_batchsize import noise
 from keras_batchsize import policies
 from keras_batchsize import scaling
 from keras_batchsize import throughput
+from keras_batchsize.clock import ExamplesClock
 from keras_batchsize.measuring import MeasuringSchedule
 from keras_batchsize.measuring import Timings
 from keras_batchsize.plan import largest_on_ladder
@@ -58,13 +59,11 @@ class Controller:
         self.superbatch_size = superbatch_size
         self.rule = rule
         self.replicas = replicas
-        self.rate_batch_size = ladder.base
+        self.clock = ExamplesClock(ladder.base)
         self.batch_size = ladder.base
         self.examples = 0
         self.updates = 0
         self.base_steps = 0
-        # Step of a learning-rate schedule at which this training began.
-        self.first_step = 0
         self.epoch = 0
         self.timings = Timings()
         self._step_time = None
@@ -112,10 +111,18 @@ class Controller:
     @property
     def learning_rate_factor(self):
         """What the base learning rate is multiplied by, without warm-up."""
-        ratio = self.batch_size / self.rate_batch_size
-        return float(
-            self.rule(ratio, self._known_noise_scale / self.rate_batch_size)
-        )
+        base = self.clock.batch_size
+        noise_scale = self._known_noise_scale / base
+        factor = float(self.rule(self.batch_size / base, noise_scale))
+        if not 0.0 < factor < math.inf:
+            raise ValueError(
+                "A learning-rate rule must return a positive number: the rate "
+                f"is multiplied by it. Received: {factor} from "
+                f"{self.rule!r} for ratio={self.batch_size / base} and "
+                f"noise_scale={noise_scale}. Let it return ratio**0.5, say; "
+                "noise_scale is NaN until it is known."
+            )
+        return factor
 
     @property
     def step_time(self):
@@ -185,6 +192,7 @@ class Controller:
         """
         size = self.batch_size
         self.examples += measurement.examples
+        self.clock.advance(measurement.examples)
         self.updates += measurement.updates
         self.base_steps += math.ceil(measurement.examples / self.ladder.base)
         self._estimator.add(measurement.norms, measurement.examples)
@@ -220,6 +228,20 @@ class Controller:
         self.updates += 1
         if norms.count >= 2:
             self._estimator.add([norms], 0)
+
+    def start_epoch(self, epoch):
+        """Is told that an epoch begins.
+
+        Args:
+            epoch: Zero-based integer.
+        """
+        self.epoch = epoch
+        self.clock.start_epoch()
+
+    def measure_for_rule(self):
+        """Measures even if the policy needs no noise: the rate's rule does."""
+        if not self.measures:
+            self.measuring = MeasuringSchedule("auto")
 
     def on_epoch_end(self, epoch, logs):
         """Tells the policy the metrics of an epoch.
@@ -275,7 +297,7 @@ class Controller:
             smaller=smaller,
             larger=larger,
             step_time=self.step_time,
-            learning_rate=self.last.learning_rate,
+            learning_rate=self.last.learning_rate / self.last.factor,
             loss=math.nan if self.last.loss is None else self.last.loss,
             epoch=self.epoch,
         )
@@ -305,15 +327,6 @@ class Controller:
         ratio = (new / new_seconds) / (old / old_seconds)
         return ratio * throughput.efficiency(new, decision.noise_scale, old)
 
-    def why_unchanged(self):
-        """Returns a few words on why the size is what it is."""
-        estimate = self.noise_scale
-        if self.policy.needs_noise and not estimate.resolved:
-            return "the noise scale was not resolved from zero"
-        if len(self.ladder.sizes) == 1:
-            return "the bounds leave one size only"
-        return "no other size was better"
-
     # State.
 
     def get_state(self):
@@ -325,7 +338,7 @@ class Controller:
             "examples": self.examples,
             "updates": self.updates,
             "base_steps": self.base_steps,
-            "first_step": self.first_step,
+            "clock": self.clock.get_state(),
             "epoch": self.epoch,
             "changed_at": list(self._changed_at),
             "known_noise_scale": _finite_or_none(self._known_noise_scale),
@@ -356,9 +369,10 @@ class Controller:
                 f"{state['base_batch_size']}."
             )
         self.batch_size = self.ladder.nearest(state["batch_size"])
-        for name in ("examples", "updates", "base_steps", "first_step"):
+        for name in ("examples", "updates", "base_steps"):
             setattr(self, name, state[name])
         self.epoch = state["epoch"]
+        self.clock.set_state(state["clock"])
         self._changed_at = tuple(state["changed_at"])
         self._known_noise_scale = _nan_if_none(state["known_noise_scale"])
         self._healthy = state["healthy"]

@@ -31,7 +31,8 @@ class Measurement:
         seconds: Wall time of the superbatch, waiting for data included.
         traced: Whether the time contains tracing or compiling.
         loss: Mean loss of the epoch so far. None if there is none.
-        learning_rate: The rate in force at its end.
+        learning_rate: The rate of its last update.
+        factor: What the base rate was multiplied by in that.
     """
 
     examples: int
@@ -43,6 +44,7 @@ class Measurement:
     traced: bool = False
     loss: float | None = None
     learning_rate: float = math.nan
+    factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,9 @@ def none(ratio, noise_scale=None):
 
 RULES = {"linear": linear, "sqrt": sqrt, "adascale": adascale, "none": none}
 
+# With any other rule, a function of the user's too, the noise is measured.
+NEED_NO_NOISE = (linear, sqrt, none)
+
 
 def get(rule, auto):
     """Resolves a rule given by name or as a function.

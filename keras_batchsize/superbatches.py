@@ -144,33 +144,27 @@ def make_superbatches(
             does not fit the base batch size.
     """
     steps_per_epoch = steps_per_epoch or None  # As Keras takes a zero.
-    if batch_size is not None:
-        batch_size = _checked_batch_size(batch_size)
+    batch_size = _checked_batch_size(batch_size)
     data = _batched(x, y, sample_weight, model, batch_size)
     adapter_for = functools.partial(
-        keras_private.data_adapter_for,
-        data.x,
-        y,
-        sample_weight,
-        class_weight=class_weight,
+        keras_private.data_adapter_for, class_weight=class_weight
     )
     adapter, is_arrays = None, data.batch_size is None
     if not is_arrays:
-        adapter = adapter_for(
-            shuffle=shuffle and isinstance(x, keras.utils.PyDataset)
-        )
+        shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
+        adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
     bounds = _bounds(data, adapter)
-    epoch = math.inf if bounds is None else bounds[1]
-    _check_enough(epoch, x)
+    _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
+    epoch = math.inf if bounds is None else bounds[1]
     if steps_per_epoch is not None:
         epoch = steps_per_epoch * base
     size = _superbatch_size(superbatch_size, base, epoch)
-    sizes = _sizes(size, epoch if steps_per_epoch is not None else None)
+    sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
         own = base if shuffle == "batch" else size
-        adapter = adapter_for(batch_size=own, shuffle=shuffle)
+        adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
     result = Superbatches(adapter, sizes, bounds)
@@ -213,7 +207,7 @@ def _batched(x, y, sample_weight, model, batch_size):
 def _of_first_batch(x, first):
     size = 0 if first is None else _count(first)
     if size == 0:
-        _check_enough(0, x)
+        _check_enough((0, 0), x)
     return _Batched(x, size, None)
 
 
@@ -299,6 +293,8 @@ def _is_batched(dataset, model, batch_size):
 
 
 def _checked_batch_size(batch_size):
+    if batch_size is None:
+        return None
     return _checks.positive_int(
         "batch_size",
         batch_size,
@@ -327,12 +323,12 @@ def _bounds(data, adapter):
     return max(batches - 1, 0) * size + min(batches, 1), batches * size
 
 
-def _check_enough(examples, x):
-    if examples < 2:
+def _check_enough(bounds, x):
+    if bounds is not None and bounds[1] < 2:
         raise ValueError(
             "The data must hold at least 2 examples: gradient noise is how "
             f"examples differ. Received: x of type {type(x).__name__} with "
-            f"{examples} examples. Pass more data."
+            f"{bounds[1]} examples. Pass more data."
         )
 
 
@@ -368,8 +364,6 @@ def _checked_superbatch_size(given, base):
 
 def _sizes(size, epoch):
     """Sizes of the superbatches of an epoch, the last one smaller."""
-    if epoch is None:
-        return [size]
     whole, rest = divmod(epoch, size)
     return [size] * whole + [rest] * (rest > 0)
 

@@ -43,6 +43,8 @@ class AdaptiveTrainFunction:
             `Measurement`.
         on_decision: Function called with the `Decision` when the size
             changes.
+        on_epoch_end: Function called with the epoch and its logs, once or
+            more often, when the epoch has ended.
     """
 
     def __init__(self, model, controller_for, steps=None, epochs=1):
@@ -51,6 +53,7 @@ class AdaptiveTrainFunction:
         self.corrects_momentum = True
         self.on_superbatch = lambda measurement: None
         self.on_decision = lambda decision: None
+        self.on_epoch_end = lambda epoch, logs: None
         self._steps = steps
         self._epochs = epochs
         self.seconds = 0.0
@@ -64,6 +67,7 @@ class AdaptiveTrainFunction:
         self._controller_for = controller_for
         self._replaced = None
         self._history = None
+        self._epoch_list = None
         self._graphs = None
         self._pending = None
         self._state = None
@@ -76,7 +80,9 @@ class AdaptiveTrainFunction:
     # Taking and giving back the place in the model.
 
     def install(self):
-        """Becomes the model's train function."""
+        """Becomes the model's train function, also in place of another."""
+        if isinstance(self._model.train_function, AdaptiveTrainFunction):
+            self._model.train_function.uninstall()
         self._replaced = self._model.train_function
         self._history = self._model.history
         self._model.train_function = self
@@ -89,8 +95,13 @@ class AdaptiveTrainFunction:
 
     @property
     def is_current(self):
-        """Whether the `fit` it was installed for is the one running."""
-        return self._model.history is self._history
+        """Whether the `fit` it was installed for is the latest one."""
+        history = self._model.history
+        return history is self._history and (
+            # A `History` given to `fit` may be used again; this list is not.
+            self._epoch_list is None
+            or self._epoch_list is history.epoch
+        )
 
     def start_epoch(self, epoch):
         """Starts counting the steps of an epoch.
@@ -98,13 +109,14 @@ class AdaptiveTrainFunction:
         Args:
             epoch: Zero-based integer.
         """
+        self._epoch_list = self._model.history.epoch
         self._epoch_length = self.epoch_examples or self._epoch_length
         self.epoch = epoch
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
         self._step = 0
         if self.controller is not None:
-            self.controller.epoch = epoch
+            self.controller.start_epoch(epoch)
 
     # Called by Keras.
 
@@ -117,6 +129,8 @@ class AdaptiveTrainFunction:
         Returns:
             Dict of logs, as a Keras train function returns them.
         """
+        if not isinstance(iterator, tf.data.Iterator):
+            return self._replaced(iterator)  # From `train_on_batch`.
         if not self.is_current:
             return self._left_over(iterator)
         try:
@@ -185,6 +199,7 @@ class AdaptiveTrainFunction:
                 traced=end_traces > traces,
                 loss=loss,
                 learning_rate=float(used),
+                factor=self._factor,
             )
         )
         return logs
@@ -198,7 +213,7 @@ class AdaptiveTrainFunction:
         if splits:
             exactness.check_step(self._model)
         graphs = UpdateGraphs(
-            self._model, self.controller.ladder.base, splits
+            self._model, self.controller.clock.batch_size, splits
         )
         graphs.build(slicing.examples(data, 0, min(total, 1)))
         if splits:
@@ -210,14 +225,17 @@ class AdaptiveTrainFunction:
         controller.rule = self.rule
         controller.epoch = self.epoch
         if self.rate_batch_size is not None:
-            controller.rate_batch_size = self.rate_batch_size
+            controller.clock.batch_size = self.rate_batch_size
+        if self.rule not in scaling.NEED_NO_NOISE:
+            controller.measure_for_rule()
         if self._state is not None:
             controller.set_state(self._state["controller"])
             self._factor = self._state["factor"]
             controller.epoch = self.epoch
         elif controller.examples == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
-            controller.first_step = int(self._model.optimizer.iterations)
+            controller.clock.steps = int(self._model.optimizer.iterations)
+        controller.clock.start_epoch()
         self.controller = controller
 
     def get_state(self):
@@ -254,11 +272,12 @@ class AdaptiveTrainFunction:
             progress = min(controller.examples / warmup, 1.0)
             factor = scaling.warmed_up(factor, progress)
         self._set_factor(factor)
-        ratio = controller.batch_size / controller.rate_batch_size
+        clock = controller.clock
+        ratio = controller.batch_size / clock.batch_size
         if controller.rule is scaling.none:
             ratio = factor
         return learning_rate.rate_in_force(
-            factor, ratio, controller.first_step + controller.base_steps
+            factor, ratio, clock.steps, clock.examples
         )
 
     def next_learning_rate(self):

@@ -152,48 +152,61 @@ class AdaptiveTrainer:
             The Keras `History`, with `batch_size`, `noise_scale` and
             `examples_per_second` added for each epoch.
         """
-        requirements.check_model(self.model)
-        _warn_of_steps_per_execution(self.model)
-        if validation_split and validation_data is None:
-            (x, y, sample_weight), validation_data = (
-                keras_private.train_validation_split(
-                    (x, y, sample_weight), validation_split=validation_split
-                )
-            )
-        superbatches = make_superbatches(
-            self.model,
-            x,
-            y,
-            sample_weight,
+        superbatches, validation_data = self._superbatches(
+            (x, y, sample_weight),
+            validation_data,
+            validation_split,
             batch_size=batch_size,
-            superbatch_size=self.superbatch_size,
             steps_per_epoch=steps_per_epoch,
             shuffle=shuffle,
             class_weight=class_weight,
         )
+        return self._fit(
+            superbatches,
+            callbacks,
+            verbose=verbose,
+            epochs=epochs,
+            validation_data=validation_data,
+            initial_epoch=initial_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
+
+    def _superbatches(self, data, validation_data, validation_split, **how):
+        """Returns the `Superbatches`, and the data to validate on."""
+        requirements.check_model(self.model)
+        _warn_of_steps_per_execution(self.model)
+        if validation_split and validation_data is None:
+            data, validation_data = keras_private.train_validation_split(
+                data, validation_split=validation_split
+            )
+        superbatches = make_superbatches(
+            self.model, *data, superbatch_size=self.superbatch_size, **how
+        )
+        return superbatches, validation_data
+
+    def _fit(self, superbatches, callbacks, verbose, **arguments):
         controller = self._controller_for(superbatches)
         sizes = _TrainerBatchSize(controller, self.verbose and verbose != 0)
         try:
             return self.model.fit(
                 superbatches,
                 batch_size=superbatches.base_batch_size,
-                epochs=epochs,
+                steps_per_epoch=superbatches.steps_per_epoch,
                 verbose=verbose,
                 callbacks=self._callbacks(
                     callbacks, sizes, superbatches, verbose
                 ),
-                validation_data=validation_data,
-                initial_epoch=initial_epoch,
-                steps_per_epoch=superbatches.steps_per_epoch,
-                validation_steps=validation_steps,
-                validation_batch_size=validation_batch_size,
-                validation_freq=validation_freq,
+                **arguments,
             )
         finally:
             sizes.close()
             self._report = sizes.report or self._report
 
     def _callbacks(self, callbacks, sizes, superbatches, verbose):
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks = callbacks.callbacks
         given = keras.tree.flatten(callbacks) if callbacks else []
         ours = [sizes, LearningRateScaling(self.learning_rate_scaling)]
         if self.backup_dir is not None:
@@ -299,7 +312,7 @@ def _warn_of_steps_per_execution(model):
         "in one call anyway, and the batch size can change only between "
         f"calls. Received: steps_per_execution={steps}. Compile with "
         "steps_per_execution=1.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -45,6 +45,7 @@ class UpdateGraphs:
         self._base = base_batch_size
         self._accumulator = GradientAccumulator(model) if splits else None
         self._outputs = None
+        self._has_own_logs = _has_own_logs(model)
         self._eager = model.run_eagerly
         self._step = self._function(self._one_step)
         self._add = self._function(self._one_micro_batch)
@@ -107,7 +108,8 @@ class UpdateGraphs:
         if self._outputs is not None:
             return
         rate = RateInForce(
-            tf.constant(1.0), tf.constant(1.0), tf.constant(0, tf.int64)
+            *(tf.constant(1.0), tf.constant(1.0)),
+            *(tf.constant(0, tf.int64), tf.constant(0, tf.int64)),
         )
         if self._eager:
             self._outputs = ()
@@ -125,10 +127,6 @@ class UpdateGraphs:
 
     def _one_micro_batch(self, total, batch):
         return self._accumulator.add(total, batch)
-
-    def _rate_at(self, rate, position):
-        steps = tf.cast(position // self._base, tf.int64)
-        return rate._replace(base_step=rate.base_step + steps)
 
     def plain(self, data, start, stop, batch_size, rate):
         """Makes unmeasured updates of examples [start, stop).
@@ -160,25 +158,29 @@ class UpdateGraphs:
             if not static:
                 take = tf.minimum(batch_size, stop - position)
             batch = slicing.examples(data, position, take)
-            outputs = self._step(batch, self._rate_at(rate, position))
-            return position + take, outputs
+            outputs = self._step(batch, rate.at(position, self._base))
+            return position + take, outputs if self._has_own_logs else ()
 
         if self._eager:
             position = start
             while position < stop:
                 position, outputs = body(position, None)
-            return outputs, self._final_rate(rate, stop)
-        _, outputs = tf.while_loop(
-            lambda position, _: position < stop,
-            body,
-            (start, self._outputs),
-            parallel_iterations=1,
-        )
-        return outputs, self._final_rate(rate, stop)
+        else:
+            _, outputs = tf.while_loop(
+                lambda position, _: position < stop,
+                body,
+                (start, self._outputs if self._has_own_logs else ()),
+                parallel_iterations=1,
+            )
+        if not self._has_own_logs:
+            # Read once, not after every update.
+            outputs = self._model.get_metrics_result()
+        last = stop - 1 - (stop - 1 - start) % batch_size
+        return outputs, self._final_rate(rate, last)
 
-    def _final_rate(self, rate, stop):
+    def _final_rate(self, rate, position):
         return learning_rate.effective_rate(
-            self._model.optimizer, self._rate_at(rate, stop - 1)
+            self._model.optimizer, rate.at(position, self._base)
         )
 
     def accumulate(self, total, data, stop, sizes, finish, rate):
@@ -232,7 +234,9 @@ class UpdateGraphs:
                 total.examples >= batch_size,
                 tf.logical_and(finish, end >= stop),
             )
-            rate_now = self._rate_at(rate, position)
+            # An update's rate is that of its first example, which an earlier
+            # superbatch may have held.
+            rate_now = rate.at(end - total.examples, self._base)
             total, norms = tf.cond(
                 full,
                 lambda: self._apply(total, norms, row, rate_now),
@@ -248,7 +252,7 @@ class UpdateGraphs:
         )
         return (
             self._model.get_metrics_result(),
-            self._final_rate(rate, stop),
+            self._final_rate(rate, stop - 1),
             total,
             norms.stack()[:count] if rows is None else (norms.stack(), count),
         )
@@ -298,6 +302,16 @@ class UpdateGraphs:
                 parallel_iterations=1,
             )
             return self._accumulator.norms(total)
+
+
+def _has_own_logs(model):
+    """Whether a step may return other logs than the metrics' results."""
+    own, keras_model = type(model), keras.Model
+    return (
+        own.train_step is not keras_model.train_step
+        or own.compute_metrics is not keras_model.compute_metrics
+        or own.get_metrics_result is not keras_model.get_metrics_result
+    )
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,6 +19,8 @@ from quadratics import quadratic
 from keras_batchsize import controller as controller_module
 from keras_batchsize import policies
 from keras_batchsize import scaling
+from keras_batchsize._controller_advice import recommended_batch_size
+from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.plan import Ladder
@@ -409,7 +411,7 @@ def test_rate_follows_the_rule_with_the_latest_known_noise_scale():
 
 def test_rate_may_be_meant_for_another_size_than_the_base():
     controller = make_controller(rule=scaling.linear)
-    controller.rate_batch_size = 256
+    controller.clock.batch_size = 256
     assert controller.learning_rate_factor == 32 / 256
 
 
@@ -465,13 +467,29 @@ def test_a_schedule_knows_the_speedup_only_where_the_noise_is_known():
 
 def test_it_says_why_the_size_stays():
     controller = make_controller()
-    assert controller.why_unchanged() == (
+    assert why_unchanged(controller) == (
         "the noise scale was not resolved from zero"
     )
     trained(controller, Machine(1.0), 60)
-    assert controller.why_unchanged() == "no other size was better"
+    assert why_unchanged(controller) == "no other size was better"
     single = make_controller(policies.Fixed(), Ladder(32, 32, 32))
-    assert single.why_unchanged() == "the bounds leave one size only"
+    assert why_unchanged(single) == "the bounds leave one size only"
+
+
+def test_measuring_recommends_the_noise_scale():
+    # One size only was timed, so nothing better than φ itself can be said.
+    controller = make_controller(policies.Measure())
+    assert recommended_batch_size(controller) is None
+    trained(controller, Machine(500.0), 60)
+    doublings = round(math.log2(controller.noise_scale.value / 32))
+    assert recommended_batch_size(controller) == 32 * 2**doublings
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
+def test_a_rule_must_return_a_positive_number(factor):
+    controller = make_controller(rule=lambda ratio, noise_scale: factor)
+    with pytest.raises(ValueError, match="positive number.*Received"):
+        controller.learning_rate_factor
 
 
 # State.

@@ -22,7 +22,7 @@ PACKAGE = "keras_batchsize"
 # is in docs/design.md.
 FLOORS = (
     ("_checks", "_version"),
-    ("measuring", "noise", "plan", "scaling", "throughput"),
+    ("clock", "measuring", "noise", "plan", "scaling", "throughput"),
     ("policies", "records"),
     ("controller", "report"),
     # From here on TensorFlow and Keras may be imported.

@@ -1,0 +1,20 @@
+"""What the callbacks share."""
+
+from keras_batchsize.train_function import AdaptiveTrainFunction
+
+
+def train_function_of(model):
+    """Returns the `AdaptiveTrainFunction` of the running `fit`, or None."""
+    function = model.train_function
+    is_adaptive = isinstance(function, AdaptiveTrainFunction)
+    return function if is_adaptive and function.is_current else None
+
+
+def put_in_order(model):
+    """Removes what a `fit` has left that an exception in a callback ended.
+
+    Nobody is called then, so its train function stays until the next `fit`.
+    """
+    function = model.train_function
+    if isinstance(function, AdaptiveTrainFunction) and not function.is_current:
+        function.uninstall()

@@ -1,0 +1,509 @@
+"""Every private name of Keras that is relied on, and the facts of the design.
+
+A release of Keras or TensorFlow that changes one fails here, with a text that
+says what changed and who uses it. Nothing here imports the package before it
+is asked for: with a name gone, that would hide which.
+"""
+
+import ast
+import importlib
+import pathlib
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import compiled
+from comparing import dense
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def changed(name, users, what="is gone or means something else"):
+    return (
+        f"Private name of Keras or TensorFlow: `{name}` {what} in Keras "
+        f"{keras.__version__}, TensorFlow {tf.__version__}. It is used by "
+        f"{users}. Find the new way, change it there, and pin it here."
+    )
+
+
+IMPORTED = {
+    "keras.src.losses.loss.apply_mask": "masked_weight",
+    "keras.src.trainers.data_adapters.array_slicing.train_validation_split": (
+        "AdaptiveTrainer.fit"
+    ),
+    "keras.src.trainers.data_adapters.data_adapter.DataAdapter": (
+        "superbatches.Superbatches"
+    ),
+    "keras.src.trainers.data_adapters.get_data_adapter": (
+        "superbatches.make_superbatches"
+    ),
+    "keras.src.utils.io_utils.print_msg": "callbacks, for the line of a change",
+}
+
+ATTRIBUTES = {
+    "_batch_size": "batch_size_of",
+    "_call_has_training_arg": "predict_for_training",
+    "_compile_loss": "output_loss_metrics",
+    "_compute_loss": "compute_loss",
+    "_input_dataset": "batch_size_of",
+    "_keras_mask": "mask_of",
+    "_learning_rate": "learning_rate_replaced and held_learning_rate",
+    "_loss_tracker": "track_loss",
+    "_momentums": "velocities",
+}
+
+
+def user(name):
+    return f"{ATTRIBUTES[name]} in keras_private.py"
+
+
+@pytest.mark.parametrize("path", IMPORTED)
+def test_imported_name_is_there(path):
+    module, name = path.rsplit(".", 1)
+    message = changed(path, f"{IMPORTED[path]}, through keras_private.py")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        found = None
+    assert callable(found), message
+
+
+def test_every_private_name_is_pinned():
+    file = ROOT / "keras_batchsize" / "keras_private.py"
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    attributes = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+    }
+    attributes |= {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant)
+        and str(node.value) in ("_keras_mask", "_learning_rate")
+    }
+    assert attributes - {"__setattr__", "__name__"} == set(ATTRIBUTES)
+    imported = {
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        and node.module.startswith("keras.src")
+        for alias in node.names
+    }
+    assert {
+        path
+        for path in IMPORTED
+        # A module is imported, or the name itself.
+        if path in imported or path.rsplit(".", 1)[0] in imported
+    } == set(IMPORTED)
+    assert len(imported) == len(IMPORTED)
+
+
+# What the names mean.
+
+
+def test_apply_mask_merges_mask_and_weights():
+    from keras.src.losses.loss import apply_mask
+
+    mask = tf.constant([[True, True], [True, False]])
+    weight = tf.constant([[2.0, 3.0], [5.0, 7.0]])
+    for given, expected in (
+        (weight, [[2.0, 3.0], [5.0, 0.0]]),
+        (None, [[1.0, 1.0], [1.0, 0.0]]),
+    ):
+        merged = apply_mask(given, mask, "float32", "mean_with_sample_weight")
+        np.testing.assert_array_equal(
+            merged,
+            expected,
+            changed("keras.src.losses.loss.apply_mask", "masked_weight"),
+        )
+
+
+def test_train_validation_split_takes_the_last_examples():
+    from keras.src.trainers.data_adapters.array_slicing import (
+        train_validation_split,
+    )
+
+    x = np.arange(8)
+    (ours, none), (theirs, _) = train_validation_split(
+        (x, None), validation_split=0.25
+    )
+    message = changed("train_validation_split", "AdaptiveTrainer.fit")
+    assert none is None, message
+    assert (list(ours), list(theirs)) == (list(x[:6]), [6, 7]), message
+
+
+def test_data_adapter_is_taken_by_fit_as_it_is():
+    from keras.src.trainers.data_adapters import get_data_adapter
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+    x, y = comparing.regression(12)
+    inner = get_data_adapter(x, y, batch_size=4)
+    called = []
+
+    class Outer(DataAdapter):
+        def get_tf_dataset(self):
+            called.append("get_tf_dataset")
+            return inner.get_tf_dataset()
+
+        @property
+        def num_batches(self):
+            return inner.num_batches
+
+        @property
+        def batch_size(self):
+            return 4
+
+        def on_epoch_begin(self):
+            called.append("on_epoch_begin")
+
+        def on_epoch_end(self):
+            called.append("on_epoch_end")
+
+    model = compiled(dense)()
+    model.fit(Outer(), verbose=0, batch_size=None)
+    message = changed("DataAdapter", "superbatches.Superbatches")
+    assert int(model.optimizer.iterations) == inner.num_batches == 3, message
+    assert "get_tf_dataset" in called, message
+    assert "on_epoch_begin" in called, message
+    assert "on_epoch_end" in called, message
+
+
+def test_print_msg_prints_a_line(capsys):
+    from keras.src.utils.io_utils import print_msg
+
+    print_msg("a line")
+    assert capsys.readouterr().out == "a line\n", changed(
+        "print_msg", IMPORTED["keras.src.utils.io_utils.print_msg"]
+    )
+
+
+def test_call_has_training_arg_says_whether_it_has():
+    class Without(keras.Model):
+        def call(self, x):
+            return x
+
+    class With(keras.Model):
+        def call(self, x, training=False):
+            return x
+
+    message = changed("_call_has_training_arg", user("_call_has_training_arg"))
+    assert With()._call_has_training_arg is True, message
+    assert Without()._call_has_training_arg is False, message
+
+
+def test_compute_loss_serves_overrides_without_training():
+    class Old(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight=None):
+            return keras.ops.sum(y_pred)
+
+    model = Old([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    value = model._compute_loss(
+        x=None,
+        y=None,
+        y_pred=tf.ones((3, 1)),
+        sample_weight=None,
+        training=True,
+    )
+    assert float(value) == 3.0, changed("_compute_loss", user("_compute_loss"))
+
+
+def test_training_step_is_made_of_the_names_that_replace_it():
+    """`gradients._backward` does what `train_step` does, name by name."""
+    names = []
+
+    class Watched(keras.Sequential):
+        def _compute_loss(self, **arguments):
+            names.append("_compute_loss")
+            assert set(arguments) == {
+                "x", "y", "y_pred", "sample_weight", "training",
+            }
+            return super()._compute_loss(**arguments)
+
+        def compute_metrics(self, *arguments, **others):
+            names.append("compute_metrics")
+            return super().compute_metrics(*arguments, **others)
+
+    class Optimizer(keras.optimizers.SGD):
+        def scale_loss(self, loss):
+            names.append("scale_loss")
+            return super().scale_loss(loss)
+
+        def apply_gradients(self, pairs):
+            names.append("apply_gradients")
+            return super().apply_gradients(pairs)
+
+    model = Watched([keras.Input((5,)), keras.layers.Dense(1)])
+    model.compile(Optimizer(0.1), "mse", run_eagerly=True)
+    x, y = comparing.regression(4)
+    model.train_on_batch(x, y)
+    names.clear()
+    loss = model.train_on_batch(x, y)
+
+    message = changed("Model.train_step", "gradients.GradientAccumulator")
+    assert names == [
+        "_compute_loss",
+        "scale_loss",
+        "apply_gradients",
+        "compute_metrics",
+    ], message
+    tracker = model._loss_tracker
+    message = changed("_loss_tracker", user("_loss_tracker"))
+    assert float(tracker.result()) == float(loss), message
+    # Each of the four examples counts.
+    assert float(tracker.count) == 4.0, message
+
+
+def test_compile_loss_has_a_metric_for_each_of_several_outputs():
+    message = changed("_compile_loss", user("_compile_loss"))
+    model = comparing.in_two_outputs(lambda: "sgd")()
+    x, y = comparing.for_two_outputs(12)
+    model.fit(x, y, batch_size=8, shuffle=False, verbose=0)
+    metrics = model._compile_loss.metrics
+    assert {one.name for one in metrics} == {"size_loss", "kind_loss"}, message
+    # Each batch alike: with a ragged one, no size is known in the graph.
+    assert {float(one.count) for one in metrics} == {2.0}, changed(
+        "CompileLoss.call", "gradients._track_losses", "weighs batches now"
+    )
+
+    single = compiled(dense)()
+    single.fit(*comparing.regression(8), verbose=0)
+    assert single._compile_loss.metrics == [], message
+    single.compile(loss=None)
+    assert single._compile_loss is None, message
+
+
+def test_mask_travels_with_a_tensor():
+    masked = keras.layers.Masking()(tf.constant([[[1.0], [0.0]]]))
+    message = changed("_keras_mask", user("_keras_mask"))
+    np.testing.assert_array_equal(
+        getattr(masked, "_keras_mask", None), [[True, False]], message
+    )
+    # The loss is divided by the number of steps that are not masked.
+    loss = keras.losses.MeanSquaredError()(tf.zeros((1, 2, 1)), masked)
+    assert float(loss) == 1.0, changed(
+        "Loss.__call__", "exactness.weight_of", "divides otherwise"
+    )
+
+
+@pytest.mark.parametrize("kind", ["number", "schedule", "callable"])
+def test_optimizer_takes_its_rate_from_one_attribute(kind):
+    rates = {
+        "number": 0.5,
+        "schedule": keras.optimizers.schedules.ExponentialDecay(0.5, 1, 0.5),
+        "callable": lambda: 0.5,
+    }
+    optimizer = keras.optimizers.SGD(rates[kind], weight_decay=0.5)
+    weight = keras.Variable(1.0)
+    optimizer.build([weight])
+    message = changed("_learning_rate", user("_learning_rate"))
+    held = {
+        "number": keras.Variable,
+        "schedule": keras.optimizers.schedules.LearningRateSchedule,
+        "callable": type(rates["callable"]),
+    }
+    assert isinstance(optimizer._learning_rate, held[kind]), message
+
+    new = tf.constant(0.25)
+    object.__setattr__(
+        optimizer, "_learning_rate", new if kind == "number" else lambda: new
+    )
+    object.__setattr__(optimizer, "weight_decay", tf.constant(1.0))
+    optimizer.apply([tf.constant(2.0)], [weight])
+
+    # 1 - 1·1·0.25, then minus 2·0.25.
+    assert float(weight) == 0.25, message
+
+
+def test_rmsprop_keeps_its_momentum_with_the_rate_in_it():
+    optimizer = keras.optimizers.RMSprop(0.5, rho=0.0, momentum=0.9, epsilon=0)
+    weight = keras.Variable([1.0])
+    optimizer.apply([tf.constant([4.0])], [weight])
+    np.testing.assert_allclose(
+        # The increment rate·g/√g² is added, and subtracted from the weight.
+        [optimizer._momentums[0].numpy(), 1.0 - weight.numpy()],
+        [[0.5], [0.5]],
+        rtol=1e-6,
+        err_msg=changed("RMSprop._momentums", user("_momentums")),
+    )
+
+
+DATASETS = {
+    "batch": lambda data: data.batch(4),
+    "padded_batch": lambda data: data.padded_batch(4),
+    "parallel batch": lambda data: data.batch(4, num_parallel_calls=2),
+    "cache": lambda data: data.batch(4).cache(),
+    "assert_cardinality": lambda data: data.batch(4).apply(
+        tf.data.experimental.assert_cardinality(3)
+    ),
+    "options": lambda data: data.batch(4).with_options(tf.data.Options()),
+    "prefetch": lambda data: data.batch(4).prefetch(2),
+    "repeat": lambda data: data.batch(4).repeat(),
+    "shuffle": lambda data: data.batch(4).shuffle(8),
+    "skip": lambda data: data.batch(4).skip(1),
+    "take": lambda data: data.batch(4).take(2),
+}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_dataset_tells_its_batch_size(name):
+    from keras_batchsize import keras_private
+
+    dataset = DATASETS[name](tf.data.Dataset.range(12).map(lambda x: (x, x)))
+    assert keras_private.batch_size_of(dataset) == 4, changed(
+        f"{type(dataset).__name__}._batch_size or ._input_dataset",
+        user("_batch_size"),
+    )
+
+
+def test_backup_and_restore_saves_in_one_method(tmp_path):
+    saved = []
+
+    class Backup(keras.callbacks.BackupAndRestore):
+        def _save_model(self):
+            super()._save_model()
+            saved.append(sorted(tmp_path.iterdir()))
+
+    model = compiled(dense)()
+    model.fit(
+        *comparing.regression(8),
+        epochs=2,
+        verbose=0,
+        callbacks=[Backup(tmp_path)],
+    )
+    message = changed(
+        "BackupAndRestore._save_model", "our BackupAndRestore._save_model"
+    )
+    assert len(saved) == 2, message
+    assert saved[0], message
+
+
+# The facts that the design stands on (docs/design.md).
+
+
+def fact(name, consequence):
+    return (
+        f"Fact {name} of docs/design.md no longer holds in Keras "
+        f"{keras.__version__}. {consequence}"
+    )
+
+
+class Counts(keras.callbacks.Callback):
+    """Counts the calls of each kind in each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.ended, self.iterations = [], [], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begun.append(0)
+        self.ended.append(0)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.begun[-1] += 1
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ended[-1] += 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.iterations.append(int(self.model.optimizer.iterations))
+
+
+def test_k1_k2_varying_batches_lose_data_and_count_wrongly():
+    sizes = iter([32, 64, 16])
+    x, y = comparing.regression(256)
+
+    def batches():
+        size = next(sizes)
+        for start in range(0, 256, size):
+            yield x[start : start + size], y[start : start + size]
+
+    dataset = tf.data.Dataset.from_generator(
+        batches,
+        output_signature=(
+            tf.TensorSpec((None, 5), "float32"),
+            tf.TensorSpec((None, 1), "float32"),
+        ),
+    )
+    counts = Counts()
+    with pytest.warns(UserWarning, match="ran out of data"):
+        compiled(dense)().fit(
+            dataset, epochs=3, shuffle=False, verbose=0, callbacks=[counts]
+        )
+    assert counts.ended[0] == 8 and counts.ended[2] < 16, fact(
+        "K1",
+        "If Keras counts the steps of each epoch anew, batches of varying "
+        f"size need no superbatches. Steps per epoch: {counts.ended}.",
+    )
+    assert counts.begun[0] == counts.ended[0] + 1, fact(
+        "K2",
+        "Data of unknown length began a batch that there was not. Begun: "
+        f"{counts.begun}, ended: {counts.ended}.",
+    )
+
+
+def test_k2_known_cardinality_is_exact():
+    counts = Counts()
+    data = tf.data.Dataset.from_tensor_slices(comparing.regression(70))
+    compiled(dense)().fit(
+        data.batch(8), epochs=2, shuffle=False, verbose=0, callbacks=[counts]
+    )
+    assert counts.begun == counts.ended == [9, 9], fact("K2", "")
+    assert counts.iterations == [9, 18], fact("K2", "")
+
+
+def test_k3_fit_calls_the_train_function_it_finds():
+    model = compiled(dense)()
+    calls = []
+
+    class Installs(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.model.train_function = lambda iterator: calls.append(
+                next(iterator)
+            ) or {"loss": 1.0}
+
+    model.fit(
+        *comparing.regression(16),
+        batch_size=8,
+        epochs=2,
+        verbose=0,
+        callbacks=[Installs()],
+    )
+    message = fact("K3", "AdaptiveTrainFunction.install puts itself there.")
+    assert len(calls) == 4, message
+    assert int(model.optimizer.iterations) == 0, message
+    model.compile("sgd", "mse")
+    assert model.train_function is None, message
+
+
+def test_k9_velocity_of_sgd_contains_the_rate():
+    optimizer = keras.optimizers.SGD(0.5, momentum=0.5)
+    weight = keras.Variable([1.0])
+    optimizer.apply([tf.constant([1.0])], [weight])
+    optimizer.learning_rate = 0.25
+    optimizer.apply([tf.constant([1.0])], [weight])
+    # v = momentum·v - rate·g: -0.5, then -0.25 - 0.25.
+    np.testing.assert_array_equal(
+        optimizer.momentums[0],
+        [-0.5],
+        fact("K9", "learning_rate.correct_momentum need not rescale it."),
+    )
+
+
+def test_k11_progress_bar_in_callbacks_replaces_that_of_keras():
+    class Bar(keras.callbacks.ProgbarLogger):
+        pass
+
+    bar = Bar()
+    callbacks = keras.callbacks.CallbackList(
+        [bar], add_progbar=True, model=compiled(dense)()
+    )
+    bars = [
+        one
+        for one in callbacks.callbacks
+        if isinstance(one, keras.callbacks.ProgbarLogger)
+    ]
+    assert bars == [bar], fact("K11", "ExamplesProgbarLogger stands beside it.")
