@@ -58,7 +58,7 @@ def rate_in_force(factor, ratio, base_step, examples):
     1 - rate·decay. With a rate of `factor` and updates of `ratio` times as
     many examples, decay per example is kept if decay is multiplied by
     ratio/factor: 1 under the linear rule, √ratio under the square-root rule
-    (Wang & Aitchison 2024, arXiv:2405.13698, Sec. 2, in these symbols).
+    (Wang & Aitchison 2024, arXiv:2405.13698, in these symbols).
 
     Args:
         factor: What the rate is multiplied by.

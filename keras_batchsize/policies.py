@@ -42,7 +42,7 @@ class Goodput(BatchSizePolicy):
     """The size that trains fastest: throughput x statistical efficiency.
 
     Goodput is examples per second times (φ + B₀)/(φ + B) (Qiao et al. 2021,
-    Pollux, OSDI, eqs. 1 and 7). With a time per update of a + c·B seconds it
+    Pollux, OSDI). With a time per update of a + c·B seconds it
     is largest at √(φ·a/c). The size changes only if the speed-up predicted
     for the change reaches `min_speedup`.
 
@@ -111,7 +111,7 @@ class NoiseScale(BatchSizePolicy):
 class NormTest(BatchSizePolicy):
     """The norm test: the error of the gradient at most `eta` of its norm.
 
-    Byrd et al. 2012 (Math. Program. 134), eq. 3.1: tr(Σ)/B <= η²‖G‖², that
+    Byrd et al. 2012 (Math. Program. 134): tr(Σ)/B <= η²‖G‖², that
     is B >= φ/η². The test in its usual form divides by the squared norm of
     the batch gradient, which contains the noise it is compared with, so that
     no η >= 1 could ever grow the batch; here ‖G‖² is the unbiased estimate.
@@ -139,7 +139,7 @@ class NormTest(BatchSizePolicy):
 class CosineSimilarity(BatchSizePolicy):
     """Two halves of a batch point the same way up to a cosine of `target`.
 
-    Qin et al. 2021 (SimiGrad, NeurIPS), Sec. 3. The cosine between the
+    Qin et al. 2021 (SimiGrad, NeurIPS). The cosine between the
     gradients of two halves is 1/(1 + 2φ/B) on average, hence
     B = 2φ·target/(1 - target). Using the moments instead of the cosine of
     each step avoids its bias where the noise is large.
@@ -199,7 +199,7 @@ class CABS(BatchSizePolicy):
 class GradientDiversity(BatchSizePolicy):
     """A multiple of the gradient diversity, B = delta·(1 + φ).
 
-    Yin et al. 2018 (AISTATS; arXiv:1706.05699), Def. 2 and Thm. 3: mini-batch
+    Yin et al. 2018 (AISTATS; arXiv:1706.05699): mini-batch
     SGD converges as single-example SGD does while B is below n·Δ, where
     n·Δ = n·Σ‖gᵢ‖²/‖Σgᵢ‖² is 1 + φ for the data as a whole. DiveBatch
     re-estimates it during training.

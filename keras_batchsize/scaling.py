@@ -31,7 +31,7 @@ def linear(ratio, noise_scale=None):
 def sqrt(ratio, noise_scale=None):
     """The square-root rule, factor = √(B/B₀).
 
-    Krizhevsky 2014 (arXiv:1404.5997), Sec. 5, and, for Adam, Malladi et al.
+    Krizhevsky 2014 (arXiv:1404.5997), and, for Adam, Malladi et al.
     2022 (arXiv:2205.10287): adaptive optimizers divide by the size of the
     noise, so only its square root is left to scale.
 
@@ -49,7 +49,7 @@ def sqrt(ratio, noise_scale=None):
 def adascale(ratio, noise_scale=None):
     """The AdaScale gain, factor = s(φ + B₀)/(φ + s·B₀) with s = B/B₀.
 
-    Johnson et al. 2020 (arXiv:2007.05105), eq. 5, written with the noise
+    Johnson et al. 2020 (arXiv:2007.05105), App. B.3, written with the noise
     scale. It is also the ratio of optimal rates of McCandlish et al. 2018,
     eq. 2.6. Between 1 (no noise: a larger batch teaches nothing more) and s
     (all noise: the linear rule).

@@ -51,7 +51,7 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
 
     With one size only, or only sizes beyond `largest`, a and c cannot be told
     apart. Then half of the time is taken as fixed, as Pollux does (Qiao et al.
-    2021, OSDI, Sec. 4.1), and the result is marked as guessed.
+    2021, OSDI), and the result is marked as guessed.
 
     Args:
         batch_sizes: Sequence of batch sizes, in examples. Sizes may repeat.
@@ -118,7 +118,7 @@ def _line(points):
 def efficiency(batch_size, noise_scale, base_batch_size):
     """Progress per example, relative to training at the base batch size.
 
-    (φ + B₀)/(φ + B), Qiao et al. 2021 (Pollux, OSDI), eq. 7, in the units of
+    (φ + B₀)/(φ + B), Qiao et al. 2021 (Pollux, OSDI), in the units of
     McCandlish et al. 2018, eq. 2.11. 1 at the base batch size, and falling
     towards φ/B once the batch is larger than the noise scale.
 
@@ -138,7 +138,7 @@ def efficiency(batch_size, noise_scale, base_batch_size):
 def goodput(batch_size, step_time, noise_scale, base_batch_size):
     """Useful examples per second: throughput times statistical efficiency.
 
-    Qiao et al. 2021 (Pollux, OSDI), eq. 1.
+    Qiao et al. 2021 (Pollux, OSDI).
 
     Args:
         batch_size: Examples per update.
