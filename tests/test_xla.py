@@ -1,0 +1,151 @@
+"""Training with `jit_compile=True`, where shapes are static.
+
+XLA fuses and reorders what TensorFlow computes one by one, so equal means to
+rounding. Each shape costs seconds of compiling: the models are tiny, and few.
+"""
+
+import comparing
+import keras
+import numpy as np
+import pytest
+from comparing import BASE
+from comparing import SUPERBATCH
+from comparing import adaptive
+from comparing import compiled
+from comparing import dense
+from comparing import plain
+
+from keras_batchsize import train_function
+from keras_batchsize.policies import BatchSizeSchedule
+
+optimizers = keras.optimizers
+
+# Float32 in another order, carried on over some twenty updates.
+RTOL = 2e-5
+
+
+def momentum(**options):
+    return compiled(
+        dense,
+        optimizer=lambda: optimizers.SGD(0.05, momentum=0.9),
+        metrics=["mae"],
+        **options,
+    )
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The `UpdateGraphs` made during a test."""
+    made = []
+
+    class Remembered(train_function.UpdateGraphs):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(train_function, "UpdateGraphs", Remembered)
+    return made
+
+
+def test_fixed_size_equals_plain_fit(graphs):
+    # The last superbatch and its last batch are ragged.
+    data = comparing.regression()
+    ours = adaptive(momentum(jit_compile=True), *data, policy="fixed")
+    assert graphs[0].compiles
+    # One graph for whole batches, whatever the superbatch holds of them, and
+    # one without XLA for the ragged batch.
+    assert graphs[0].traces == 2
+    comparing.assert_close(ours, plain(momentum(), *data), RTOL)
+
+
+def test_fixed_size_equals_plain_fit_with_several_outputs():
+    data = comparing.for_two_outputs()
+
+    def make(**options):
+        return comparing.in_two_outputs(lambda: optimizers.SGD(0.05), **options)
+
+    ours = adaptive(make(jit_compile=True), *data, policy="fixed")
+    comparing.assert_close(ours, plain(make(), *data), RTOL)
+
+
+def test_measuring_gives_the_same_and_leaves_training_alone(graphs):
+    data = comparing.regression()
+    arguments = {"policy": "measure", "measure_every": 1}
+
+    ours = adaptive(momentum(jit_compile=True), *data, **arguments)
+    theirs = adaptive(momentum(), *data, **arguments)
+
+    comparing.assert_close(ours, plain(momentum(), *data), RTOL)
+    assert graphs[0].traces == 2 + 1
+    one, other = ours.result.noise_scale, theirs.result.noise_scale
+    # Differences of norms: a digit is lost.
+    np.testing.assert_allclose(
+        [one.squared_norm, one.trace],
+        [other.squared_norm, other.trace],
+        rtol=1e-4,
+    )
+
+
+def test_accumulating_is_one_batch():
+    data = comparing.regression(150)
+    batch_size = 2 * SUPERBATCH
+    ours = adaptive(
+        momentum(jit_compile=True),
+        *data,
+        policy=BatchSizeSchedule({0: batch_size}),
+        learning_rate_scaling="none",
+        max_batch_size=batch_size,
+    )
+    theirs = plain(momentum(), *data, batch_size=batch_size)
+    assert ours.history["batch_size"] == [batch_size, batch_size]
+    comparing.assert_close(ours, theirs, RTOL)
+
+
+def test_size_changes_equal_those_without_xla_and_compile_once_per_size(graphs):
+    sizes = [BASE, SUPERBATCH, 2 * BASE, 2 * SUPERBATCH]
+    # A power of two that leaves no ragged superbatch: these have their own.
+    data = comparing.regression(128)
+    arguments = {
+        "policy": BatchSizeSchedule(lambda epoch: sizes[epoch % 4]),
+        "learning_rate_scaling": "sqrt",
+        "max_batch_size": 2 * SUPERBATCH,
+        "measure_every": 1,
+        "epochs": 8,
+    }
+    ours = adaptive(momentum(jit_compile=True), *data, **arguments)
+    xla = graphs.pop()
+    theirs = adaptive(momentum(), *data, **arguments)
+    comparing.assert_close(
+        ours, theirs, 10 * RTOL, skip=["examples_per_second", "noise_scale"]
+    )
+
+    # Each size twice: plain at three of them, accumulated at the fourth,
+    # measured on whole superbatches.
+    assert xla.traces == 3 + 1 + 1
+    assert ours.history["batch_size"] == 2 * sizes
+
+
+def test_half_precision_with_a_loss_scale():
+    def halves():
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            return dense()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    def make(**options):
+        return compiled(
+            halves,
+            optimizer=lambda: optimizers.LossScaleOptimizer(
+                optimizers.SGD(0.05, momentum=0.9), dynamic_growth_steps=5
+            ),
+            **options,
+        )
+
+    data = comparing.regression()
+    ours = adaptive(
+        make(jit_compile=True), *data, policy="measure", measure_every=1
+    )
+    # XLA keeps what it fuses in float32: equal to some roundings of float16.
+    comparing.assert_close(ours, plain(make(), *data), 2e-2)
+    assert ours.result.noise_scale.trace > 0.0
