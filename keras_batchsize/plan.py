@@ -58,16 +58,18 @@ class Ladder:
         base: The base batch size B₀, in examples.
         minimum: Smallest size that may be used.
         maximum: Largest size that may be used.
+        base_name: What the caller calls the base size.
     """
 
     base: int
     minimum: int
     maximum: int
+    base_name: str = "batch_size"
 
     def __post_init__(self):
         why = "it counts the examples of an update"
         for name, label, remedy in (
-            ("base", "batch_size", 32),
+            ("base", self.base_name, 32),
             ("minimum", "min_batch_size", self.base),
             ("maximum", "max_batch_size", self.base),
         ):
@@ -87,8 +89,9 @@ class Ladder:
             raise ValueError(
                 "The base batch size must lie between `min_batch_size` and "
                 "`max_batch_size`: training starts from it. Received: "
-                f"batch_size={self.base}, min_batch_size={self.minimum}, "
-                f"max_batch_size={self.maximum}. Use batch_size="
+                f"{self.base_name}={self.base}, "
+                f"min_batch_size={self.minimum}, "
+                f"max_batch_size={self.maximum}. Use {self.base_name}="
                 f"{min(max(self.base, self.minimum), self.maximum)}, or "
                 "widen the bounds."
             )

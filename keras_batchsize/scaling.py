@@ -82,13 +82,14 @@ RULES = {"linear": linear, "sqrt": sqrt, "adascale": adascale, "none": none}
 NEED_NO_NOISE = (linear, sqrt, none)
 
 
-def get(rule, auto):
+def get(rule, auto, name="learning_rate_scaling"):
     """Resolves a rule given by name or as a function.
 
     Args:
         rule: A name in `RULES`, "auto", or a function
             `factor(ratio, noise_scale) -> float`.
         auto: The name that "auto" stands for.
+        name: What the caller calls the argument.
 
     Returns:
         The function.
@@ -101,13 +102,13 @@ def get(rule, auto):
         return rule
     if not isinstance(rule, str):
         raise TypeError(
-            "`learning_rate_scaling` must be the name of a rule or a function "
+            f"`{name}` must be the name of a rule or a function "
             "factor(ratio, noise_scale) -> float: it is called at each change "
-            f"of the batch size. Received: {rule!r} of type "
+            f"of the batch size. Received: {name}={rule!r} of type "
             f'{type(rule).__name__}. Use "auto".'
         )
     _checks.known(
-        "learning_rate_scaling",
+        name,
         rule,
         [*RULES, "auto"],
         "it names how the rate follows the batch size",

@@ -102,7 +102,8 @@ def test_rule_of_another_kind_is_told_what_works(rule):
     with pytest.raises(TypeError) as caught:
         scaling.get(rule, auto="linear")
     text = str(caught.value)
-    assert f"Received: {rule!r} of type {type(rule).__name__}" in text
+    received = f"learning_rate_scaling={rule!r} of type {type(rule).__name__}"
+    assert f"Received: {received}" in text
     assert text.endswith('Use "auto".')
 
 

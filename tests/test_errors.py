@@ -1,0 +1,596 @@
+"""Bad input gets a clear error before anything is changed or trained.
+
+Every error has three parts: what must hold and why, what was received, under
+the name the caller used, and the edit that mends it. After it the model is as
+it was.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import BASE
+from comparing import EXAMPLES
+from comparing import dense
+from comparing import regression
+
+import keras_batchsize as kb
+
+X, Y = regression()
+
+
+def compiled(model, loss="mse", optimizer="sgd", **options):
+    model.compile(optimizer, loss, **options)
+    return model
+
+
+def regressor(**options):
+    return compiled(dense(), **options)
+
+
+class OwnStep(keras.Model):
+    """Computes its gradients where nobody can see them."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.out(x)
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def largest_error(y, y_pred):
+    """A loss that is no mean over examples."""
+    return keras.ops.max(keras.ops.square(y - y_pred))
+
+
+def fit(
+    model=None, x=X, y=Y, batch_size=BASE, steps_per_epoch=None, **arguments
+):
+    """Trains `model`, or one that has been trained before, by a trainer."""
+    trainer = kb.AdaptiveTrainer(model or trained(), **arguments)
+    return trainer.fit(
+        x, y, batch_size, steps_per_epoch=steps_per_epoch, verbose=0
+    )
+
+
+def fit_with_callbacks(*callbacks, batch_size=4 * BASE):
+    return trained().fit(X, Y, batch_size, callbacks=list(callbacks), verbose=0)
+
+
+@functools.cache
+def trained():
+    """Returns the model that all mistakes are made with: they leave it alone.
+
+    It has been trained before, so that Keras has nothing to add to it either.
+    """
+    model = regressor()
+    model.fit(X, Y, verbose=0)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A call that cannot work.
+
+    Attributes:
+        name: What is wrong.
+        call: Makes the call.
+        constraint: What the message says must hold.
+        received: What it says was received.
+        remedy: What it says helps.
+        error: Type of the error.
+    """
+
+    name: str
+    call: Callable
+    constraint: str
+    received: str
+    remedy: str
+    error: type = ValueError
+
+
+def numbers(argument):
+    """The mistakes one can make with a number of examples."""
+    for value, error in (
+        (0, ValueError),
+        (-8, ValueError),
+        (2.5, TypeError),
+        ("32", TypeError),
+        (True, TypeError),
+    ):
+        yield Mistake(
+            f"{argument}={value!r}",
+            lambda value=value: fit(**{argument: value}),
+            f"`{argument}` must be",
+            f"{argument}={value!r}",
+            f"{argument}=",
+            error,
+        )
+
+
+def dataset(examples, known=True):
+    made = tf.data.Dataset.from_tensor_slices((X[:examples], Y[:examples]))
+    return made if known else made.filter(lambda x, y: True)
+
+
+class NoBatches(keras.utils.PyDataset):
+    num_batches = 0
+
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+
+def too_few(name, examples, *data, **arguments):
+    return Mistake(
+        f"{examples}-examples-{name}",
+        lambda: fit(None, *data, **arguments),
+        "The data must hold at least 2 examples",
+        f"{examples} examples",
+        "Pass more data",
+    )
+
+
+ON_TRAINER = [
+    Mistake(
+        "not-a-keras-model",
+        lambda: kb.AdaptiveTrainer(lambda x: x),
+        "`model` must be a `keras.Model`",
+        "type function",
+        "functional or subclassed model",
+        TypeError,
+    ),
+    Mistake(
+        "not-compiled",
+        lambda: kb.AdaptiveTrainer(dense()),
+        "`model` must be compiled",
+        "not compiled",
+        "Call model.compile(",
+    ),
+    Mistake(
+        "without-optimizer",
+        lambda: kb.AdaptiveTrainer(regressor(optimizer=None)),
+        "`model` must be compiled with an optimizer",
+        "optimizer=None",
+        'optimizer="adam"',
+    ),
+    Mistake(
+        "optimizer-accumulates",
+        lambda: kb.AdaptiveTrainer(
+            regressor(
+                optimizer=keras.optimizers.SGD(gradient_accumulation_steps=4)
+            )
+        ),
+        "`gradient_accumulation_steps` must not be set",
+        "gradient_accumulation_steps=4",
+        "Remove it",
+    ),
+    Mistake(
+        "optimizer-inside-accumulates",
+        lambda: kb.AdaptiveTrainer(
+            regressor(
+                optimizer=keras.optimizers.LossScaleOptimizer(
+                    keras.optimizers.SGD(gradient_accumulation_steps=4)
+                )
+            )
+        ),
+        "`gradient_accumulation_steps` must not be set",
+        "gradient_accumulation_steps=4",
+        "Remove it",
+    ),
+    Mistake(
+        "unknown-policy",
+        lambda: kb.AdaptiveTrainer(trained(), policy="best"),
+        '`policy` must be one of "cabs", "cosine", "diversity", "fixed", '
+        '"goodput", "measure", "noise_scale", "norm_test", "plateau"',
+        "policy='best'",
+        "Use one of these names",
+    ),
+    Mistake(
+        "policy-class-not-object",
+        lambda: kb.AdaptiveTrainer(trained(), policy=kb.policies.Goodput),
+        "`policy` must be a name or a `BatchSizePolicy`",
+        "type type",
+        'policy="goodput"',
+        TypeError,
+    ),
+    Mistake(
+        "unknown-rule",
+        lambda: kb.AdaptiveTrainer(trained(), learning_rate_scaling="cubic"),
+        '`learning_rate_scaling` must be one of "adascale", "auto", "linear"',
+        "learning_rate_scaling='cubic'",
+        "Use one of these names",
+    ),
+    Mistake(
+        "unknown-rule-of-callback",
+        lambda: kb.LearningRateScaling("cubic"),
+        '`rule` must be one of "adascale", "auto", "linear", "none", "sqrt"',
+        "rule='cubic'",
+        "Use one of these names",
+    ),
+    Mistake(
+        "rule-of-wrong-kind",
+        lambda: kb.AdaptiveTrainer(trained(), learning_rate_scaling=2.0),
+        "`learning_rate_scaling` must be the name of a rule or a function",
+        "learning_rate_scaling=2.0 of type float",
+        'Use "auto"',
+        TypeError,
+    ),
+    Mistake(
+        "schedule-of-wrong-kind",
+        lambda: kb.policies.BatchSizeSchedule([8, 16]),
+        "`schedule` must be a function of the epoch or a dict",
+        "schedule=[8, 16]",
+        "Use {0: 32, 10: 128}",
+        TypeError,
+    ),
+]
+
+ON_SIZES = [
+    *numbers("batch_size"),
+    *numbers("min_batch_size"),
+    *numbers("max_batch_size"),
+    *numbers("superbatch_size"),
+    *numbers("measure_every"),
+    Mistake(
+        "min-above-max",
+        lambda: fit(min_batch_size=64, max_batch_size=32),
+        "`min_batch_size` must not be larger than `max_batch_size`",
+        "min_batch_size=64, max_batch_size=32",
+        "Use min_batch_size=8",
+    ),
+    Mistake(
+        "base-below-min",
+        lambda: fit(min_batch_size=16, max_batch_size=32),
+        "The base batch size must lie between",
+        "batch_size=8, min_batch_size=16, max_batch_size=32",
+        "Use batch_size=16",
+    ),
+    Mistake(
+        "base-above-max",
+        lambda: fit(max_batch_size=4, min_batch_size=2),
+        "The base batch size must lie between",
+        "batch_size=8, min_batch_size=2, max_batch_size=4",
+        "Use batch_size=4",
+    ),
+    Mistake(
+        "superbatch-below-base",
+        lambda: fit(superbatch_size=4),
+        "`superbatch_size` must be the base batch size times a power of two",
+        "superbatch_size=4, batch_size=8",
+        "Use superbatch_size=8",
+    ),
+    Mistake(
+        "superbatch-between-sizes",
+        lambda: fit(superbatch_size=40),
+        "`superbatch_size` must be the base batch size times a power of two",
+        "superbatch_size=40, batch_size=8",
+        "Use superbatch_size=32",
+    ),
+    Mistake(
+        "initial-size-0",
+        lambda: kb.DynamicBatchSize(initial_batch_size=0),
+        "`initial_batch_size` must be at least 1",
+        "initial_batch_size=0",
+        "Use initial_batch_size=32",
+    ),
+    Mistake(
+        "initial-size-above-max",
+        lambda: kb.DynamicBatchSize(
+            initial_batch_size=32, min_batch_size=8, max_batch_size=16
+        ),
+        "The base batch size must lie between",
+        "initial_batch_size=32, min_batch_size=8, max_batch_size=16",
+        "Use initial_batch_size=16",
+    ),
+    Mistake(
+        "base-size-of-rate-0",
+        lambda: kb.LearningRateScaling(base_batch_size=0),
+        "`base_batch_size` must be at least 1",
+        "base_batch_size=0",
+        "Use base_batch_size=32",
+    ),
+    Mistake(
+        "two-deciders",
+        lambda: trained().fit(
+            X,
+            Y,
+            4 * BASE,
+            callbacks=[
+                kb.DynamicBatchSize("fixed", BASE),
+                kb.DynamicBatchSize("fixed", BASE),
+            ],
+            verbose=0,
+        ),
+        "Only one callback may decide the batch size",
+        "two `DynamicBatchSize`",
+        "Remove one",
+    ),
+    Mistake(
+        "decider-beside-trainer",
+        lambda: kb.AdaptiveTrainer(trained()).fit(
+            X, Y, BASE, callbacks=[kb.DynamicBatchSize("fixed", BASE)]
+        ),
+        "Only one callback may decide the batch size",
+        "beside an `AdaptiveTrainer`",
+        "Remove one",
+    ),
+    Mistake(
+        "superbatch-of-fit-between-sizes",
+        lambda: fit_with_callbacks(
+            kb.DynamicBatchSize("fixed", BASE), batch_size=20
+        ),
+        "The batch size given to `fit` must be `initial_batch_size` times a "
+        "power of two",
+        "batch_size=20, initial_batch_size=8",
+        "batch_size=32)",
+    ),
+    Mistake(
+        "superbatch-of-fit-below-base",
+        lambda: fit_with_callbacks(
+            kb.DynamicBatchSize("fixed", 32), batch_size=16
+        ),
+        "The batch size given to `fit` must be `initial_batch_size` times a "
+        "power of two",
+        "batch_size=16, initial_batch_size=32",
+        "batch_size=64)",
+    ),
+    Mistake(
+        "static-scaling-without-sizes",
+        lambda: fit_with_callbacks(kb.LearningRateScaling("linear")),
+        "`base_batch_size` and `batch_size` must be given",
+        "base_batch_size=None, batch_size=None",
+        "add kb.DynamicBatchSize()",
+    ),
+    Mistake(
+        "static-scaling-for-another-size",
+        lambda: fit_with_callbacks(
+            kb.LearningRateScaling(base_batch_size=8, batch_size=64),
+            batch_size=16,
+        ),
+        "`batch_size` of `LearningRateScaling` must be that of `fit`",
+        "batch_size=64, and batches of 16 examples",
+        "LearningRateScaling(..., batch_size=16)",
+    ),
+    Mistake(
+        "warmup-below-zero",
+        lambda: kb.LearningRateScaling(warmup_epochs=-1),
+        "`warmup_epochs` must be between",
+        "warmup_epochs=-1",
+        "Use 5",
+    ),
+]
+
+ON_DATA = [
+    Mistake(
+        "x-and-y-differ",
+        lambda: fit(y=Y[:-1]),
+        "All arrays must hold the same number of examples",
+        "x of 70, y of 69 examples",
+        "first 69 of each",
+    ),
+    Mistake(
+        "inputs-differ",
+        lambda: fit(x={"one": X, "two": X[:9]}),
+        "All arrays must hold the same number of examples",
+        "x of 70, x of 9 examples",
+        "first 9 of each",
+    ),
+    Mistake(
+        "weights-differ",
+        lambda: kb.AdaptiveTrainer(trained()).fit(
+            X, Y, sample_weight=np.ones(EXAMPLES + 1)
+        ),
+        "All arrays must hold the same number of examples",
+        "x of 70, sample_weight of 71 examples",
+        "first 70 of each",
+    ),
+    Mistake(
+        "no-data",
+        lambda: fit(x=None, y=None),
+        "`x` must be given",
+        "x=None",
+        "Pass arrays",
+    ),
+    too_few("of-arrays", 1, X[:1], Y[:1]),
+    too_few("of-arrays", 0, X[:0], Y[:0]),
+    too_few("of-dataset", 0, dataset(0).batch(BASE), None),
+    too_few("of-dataset", 1, dataset(1).batch(BASE), None),
+    too_few("of-unknown", 0, dataset(0, known=False).batch(BASE), None),
+    too_few("unbatched", 0, dataset(0), None),
+    too_few("unbatched", 1, dataset(1), None),
+    too_few("unbatched-unknown", 0, dataset(0, known=False), None),
+    too_few("unbatched-unknown", 1, dataset(1, known=False), None),
+    too_few("of-py-dataset", 0, NoBatches(), None),
+    too_few("of-generator", 0, (one for one in ()), None, steps_per_epoch=1),
+]
+
+
+def loss_mistake(name, make_model, constraint, received, remedy):
+    return Mistake(
+        name, lambda: fit(make_model()), constraint, received, remedy
+    )
+
+
+@pytest.mark.parametrize(
+    "mistake", ON_TRAINER + ON_SIZES + ON_DATA, ids=lambda one: one.name
+)
+def test_a_mistake_is_named_with_its_remedy(mistake):
+    before = state_of(trained())
+
+    with pytest.raises(mistake.error, match="Received: ") as caught:
+        mistake.call()
+
+    assert_three_parts(caught.value, mistake)
+    assert_as_it_was(trained(), before)
+
+
+def assert_three_parts(error, mistake):
+    constraint, received = str(error).split("Received: ", 1)
+    received, remedy = received.split(". ", 1)
+    assert mistake.constraint in constraint
+    assert constraint.rstrip().endswith((".", ":"))
+    assert mistake.received in received
+    assert mistake.remedy in remedy
+    assert remedy.endswith(".")
+
+
+def state_of(model):
+    return {
+        "weights": [
+            np.array(keras.ops.convert_to_numpy(one))
+            for one in [*model.variables, *model.optimizer.variables]
+        ],
+        "train_function": model.train_function,
+        "optimizer": model.optimizer,
+        "attributes": sorted(vars(model)),
+    }
+
+
+def assert_as_it_was(model, before):
+    after = state_of(model)
+    for one, two in zip(before["weights"], after["weights"], strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert after["train_function"] is before["train_function"]
+    assert after["optimizer"] is before["optimizer"]
+    assert after["attributes"] == before["attributes"]
+
+
+# What cannot be cut into micro-batches.
+
+
+@pytest.mark.parametrize(
+    ("make_model", "constraint", "received", "remedy"),
+    [
+        (
+            lambda: regressor(loss=keras.losses.MeanSquaredError("sum")),
+            "A loss must be a mean over examples",
+            "reduction=",
+            'reduction="sum_over_batch_size"',
+        ),
+        (
+            lambda: regressor(loss=keras.losses.Dice()),
+            "compares all examples of a batch",
+            "Dice",
+            "Use a loss that is a mean over examples",
+        ),
+        (
+            lambda: regressor(loss=largest_error),
+            "A loss must be a mean over examples",
+            "largest_error",
+            "Use a loss that is a mean over examples",
+        ),
+        (
+            lambda: compiled(OwnStep()),
+            "A model that overrides `train_step` cannot be measured",
+            "type OwnStep",
+            'policy="plateau", "fixed"',
+        ),
+    ],
+    ids=["sum", "dice", "maximum", "train-step"],
+)
+@pytest.mark.parametrize("through", ["trainer", "callback"])
+def test_what_cannot_be_cut_is_refused(
+    make_model, constraint, received, remedy, through
+):
+    model = make_model()
+    model.fit(X, Y, verbose=0)
+    before = state_of(model)
+
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        if through == "trainer":
+            fit(model, policy="goodput")
+        else:
+            callback = kb.DynamicBatchSize("goodput", BASE)
+            model.fit(X, Y, 4 * BASE, callbacks=[callback], verbose=0)
+
+    mistake = Mistake("", None, constraint, received, remedy)
+    assert_three_parts(caught.value, mistake)
+    assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: regressor(loss=largest_error),
+        lambda: compiled(OwnStep()),
+    ],
+    ids=["loss", "train-step"],
+)
+def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
+    fit(make_model(), policy="fixed")
+    fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
+
+
+def test_another_backend_is_named(monkeypatch):
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+
+    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow") as caught:
+        kb.AdaptiveTrainer(trained())
+
+    assert "Received: keras.config.backend()='jax'" in str(caught.value)
+
+
+# A loss that is not finite is no mistake of the call.
+
+# Superbatches of 32 examples have four updates of 8, the last one of 6 has
+# one; the second superbatch is the first whose loss is not finite.
+WITH_NAN = X.copy()
+WITH_NAN[40, 0] = math.nan
+
+
+def fit_on_nan(policy, **options):
+    model = regressor(**options)
+    trainer = kb.AdaptiveTrainer(
+        model,
+        policy,
+        superbatch_size=32,
+        max_batch_size=32,
+        measure_every=1,
+        verbose=0,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = trainer.fit(
+            WITH_NAN, Y, BASE, epochs=3, shuffle=False, verbose=0
+        )
+    said = [
+        str(one.message)
+        for one in caught
+        if issubclass(one.category, RuntimeWarning)
+    ]
+    return trainer, history.history, said
+
+
+@pytest.mark.parametrize(
+    "policy", ["goodput", kb.policies.BatchSizeSchedule({0: 8, 1: 16})]
+)
+def test_a_loss_that_is_not_finite_holds_the_size_and_warns_once(policy):
+    trainer, history, said = fit_on_nan(policy)
+
+    assert len(said) == 1
+    assert "loss became nan between updates 5 and 8" in said[0]
+    assert "held at 8" in said[0]
+    assert history["batch_size"] == [8, 8, 8]
+    assert not trainer.noise_scale.resolved
+    assert len(history["loss"]) == 3
+    assert np.isnan(history["loss"]).all()
+
+
+def test_an_update_that_loss_scaling_skips_warns_once_too():
+    # The optimizer leaves the weights alone, so that each epoch begins with a
+    # finite loss and comes upon the same example again.
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01))
+    _, history, said = fit_on_nan("goodput", optimizer=optimizer)
+
+    assert len(said) == 1
+    assert np.isnan(history["loss"]).all()
