@@ -266,12 +266,13 @@ class UpdateGraphs:
 
         Args:
             total: An `Accumulated` of at least one micro-batch.
-            rate: A `RateInForce`.
+            rate: The `RateInForce` at its end.
 
         Returns:
             float64 tensor of shape (5,), a row of `MicroBatchNorms`.
         """
-        return self._accumulator.apply(total, rate)
+        began = rate.at(-total.examples, self._base)
+        return self._accumulator.apply(total, began)
 
     def measure(self, data, examples):
         """Measures gradient norms of the parts of a superbatch.

@@ -58,7 +58,7 @@ def accumulated(make_model, *data, batch_size, micro):
         int(data[0].shape[0]),
         (batch_size, micro),
         True,
-        learning_rate.rate_in_force(1.0, 1.0, 0),
+        learning_rate.rate_in_force(1.0, 1.0, 0, 0),
     )
     return model, [noise.MicroBatchNorms(*row) for row in norms.numpy()]
 

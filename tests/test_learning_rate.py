@@ -113,14 +113,18 @@ def test_factor_is_that_of_an_optimizer_with_a_scaled_rate(name):
             np.testing.assert_array_equal(FACTOR * slot.numpy(), theirs_slot)
 
 
-class Times(keras.optimizers.schedules.LearningRateSchedule):
-    """Another schedule times a factor."""
+class OnBaseClock(keras.optimizers.schedules.LearningRateSchedule):
+    """Another schedule times the factor, at the steps of the base size.
 
-    def __init__(self, schedule, factor):
-        self.schedule, self.factor = schedule, factor
+    An epoch of 70 examples has 3 updates of 32 or 9 steps of 8, so the
+    updates are the steps 0, 4, 8, then 9, 13, 17.
+    """
+
+    def __init__(self, schedule):
+        self.schedule = schedule
 
     def __call__(self, step):
-        return self.factor * self.schedule(step)
+        return FACTOR * self.schedule(step // 3 * 9 + step % 3 * 4)
 
     def get_config(self):
         return {}
@@ -136,7 +140,7 @@ def test_factor_multiplies_every_schedule(name):
     )
     theirs = plain(
         compiled(
-            dense, optimizer=lambda: optimizers.SGD(Times(schedule(), FACTOR))
+            dense, optimizer=lambda: optimizers.SGD(OnBaseClock(schedule()))
         ),
         *data,
         batch_size=4 * BASE,
@@ -230,7 +234,7 @@ def test_what_an_optimizer_holds_is_put_back_after_an_error():
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
     variables, rate = list(optimizer.variables), optimizer.learning_rate
-    in_force = learning_rate.rate_in_force(4.0, 16.0, 0)
+    in_force = learning_rate.rate_in_force(4.0, 16.0, 0, 0)
 
     with pytest.raises(RuntimeError, match="inside"):
         with learning_rate.applied(optimizer, in_force):

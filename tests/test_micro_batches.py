@@ -20,7 +20,7 @@ from keras_batchsize import learning_rate
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.update_graphs import UpdateGraphs
 
-optimizers = keras.optimizers
+optimizers, schedules = keras.optimizers, keras.optimizers.schedules
 
 # Float32 sums in another order: rounding of 6e-8 per term, in gradients that
 # are differences of terms some hundred times larger. Three updates carry it on.
@@ -45,7 +45,7 @@ def accumulated(make_model, *data, micro):
         len(data[0]),
         (BATCH, micro),
         True,
-        learning_rate.rate_in_force(1.0, 1.0, 0),
+        learning_rate.rate_in_force(1.0, 1.0, 0, 0),
     )
     # The end of `fit`, which swaps in the averages of EMA.
     model.optimizer.finalize_variable_values(model.trainable_weights)
@@ -235,8 +235,21 @@ def test_update_that_data_of_unknown_length_cuts_short():
         for start in range(0, 150, BASE):
             yield x[start : start + BASE], y[start : start + BASE]
 
-    make_model = compiled(dense, optimizer=lambda: optimizers.SGD(0.05))
-    theirs = plain(make_model, x, y, batch_size=128, epochs=1, shuffle=False)
+    # On the examples clock the two updates are steps 0 and 16.
+    decay = schedules.ExponentialDecay(0.1, 16, 0.5)
+    make_model = compiled(dense, optimizer=lambda: optimizers.SGD(decay))
+    theirs = plain(
+        compiled(
+            dense,
+            optimizer=lambda: optimizers.SGD(
+                schedules.ExponentialDecay(0.1, 1, 0.5)
+            ),
+        ),
+        *(x, y),
+        batch_size=128,
+        epochs=1,
+        shuffle=False,
+    )
     # Plain `fit` warns so, too, at the end of a generator.
     with pytest.warns(UserWarning, match="ran out of data"):
         ours = adaptive(
@@ -278,6 +291,30 @@ def test_stopping_within_an_accumulated_update_makes_it():
 
     assert int(ours.model.optimizer.iterations) == 1
     comparing.assert_close(ours, theirs, RTOL, skip=["loss"])
+
+
+# What cannot be one batch.
+
+
+def test_batch_norm_normalises_by_micro_batches():
+    """The limit of the law: BatchNorm compares the examples it sees at once."""
+    norm = layers.BatchNormalization(momentum=0.5)
+
+    def make():
+        model = keras.Sequential(
+            [keras.Input((comparing.FEATURES,)), norm, layers.Dense(1)]
+        )
+        model.compile(optimizer=optimizers.SGD(0.0), loss="mse")
+        return model
+
+    x, y = comparing.regression(EXAMPLES)
+    accumulated(make, x[:BATCH], y[:BATCH], micro=8)
+
+    expected = np.zeros(comparing.FEATURES)
+    for start in range(0, BATCH, 8):
+        mean = x[start : start + 8].mean(axis=0)
+        expected = 0.5 * expected + 0.5 * mean
+    np.testing.assert_allclose(norm.moving_mean, expected, rtol=1e-5)
 
 
 # Half precision.
