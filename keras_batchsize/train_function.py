@@ -75,7 +75,7 @@ class AdaptiveTrainFunction:
         self._factor = 1.0
         # Not known before the first epoch has ended: taken for long.
         self._epoch_length = math.inf
-        self._loss_was_finite = True
+        self._has_warned = False
 
     # Taking and giving back the place in the model.
 
@@ -370,7 +370,7 @@ class AdaptiveTrainFunction:
 
     def _warn_once(self, measurement):
         finite = measurement.loss is None or math.isfinite(measurement.loss)
-        if self._loss_was_finite and not finite:
+        if not finite and not self._has_warned:
             warnings.warn(
                 f"The loss became {measurement.loss} between updates "
                 f"{self.controller.updates + 1} and "
@@ -380,7 +380,7 @@ class AdaptiveTrainFunction:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._loss_was_finite = finite
+        self._has_warned = self._has_warned or not finite
 
     @property
     def factor(self):
