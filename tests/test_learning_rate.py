@@ -44,7 +44,10 @@ def scaled(make_model, *data, rule="linear", callbacks=(), **scaling):
 
 OPTIMIZERS = {
     "Adadelta": lambda rate: optimizers.Adadelta(rate),
-    "Adafactor": lambda rate: optimizers.Adafactor(rate),
+    "Adafactor": lambda rate: optimizers.Adafactor(
+        # Large enough for its relative rate, 1/√step, to be smaller.
+        128.0 * rate
+    ),
     "Adagrad": lambda rate: optimizers.Adagrad(rate),
     "Adam": lambda rate: optimizers.Adam(rate, amsgrad=True),
     "AdamW": lambda rate: optimizers.AdamW(rate, weight_decay=0.1),

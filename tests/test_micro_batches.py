@@ -228,6 +228,29 @@ def test_accumulating_over_superbatches_is_one_batch(batch_size):
     comparing.assert_close(ours, theirs, RTOL)
 
 
+def test_accumulated_updates_take_the_rate_of_their_first_example():
+    def decaying(steps):
+        return compiled(
+            dense,
+            optimizer=lambda: optimizers.SGD(
+                schedules.ExponentialDecay(0.1, steps, 0.5)
+            ),
+        )
+
+    # On the examples clock the updates are steps 0, 8 and 16.
+    data = comparing.regression(150)
+    theirs = plain(decaying(1), *data, batch_size=64, epochs=1)
+    ours = adaptive(
+        decaying(8),
+        *data,
+        policy=BatchSizeSchedule({0: 64}),
+        learning_rate_scaling="none",
+        max_batch_size=64,
+        epochs=1,
+    )
+    comparing.assert_close(ours, theirs, RTOL)
+
+
 def test_update_that_data_of_unknown_length_cuts_short():
     x, y = comparing.regression(150)
 
