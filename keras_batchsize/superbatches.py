@@ -27,10 +27,11 @@ from keras_batchsize.plan import largest_on_ladder
 
 # An epoch should have so many superbatches, to change the size within it, ...
 _SUPERBATCHES_PER_EPOCH = 16
-# ... but a superbatch so many batches, or the way through Python takes over,
+# ... but a superbatch so many batches, or the way through Python takes over;
+# with this many examples its share is small anyway. There are at least so many
+# per epoch, or reading them does not run beside training on them.
 _BATCHES_PER_SUPERBATCH = 16
-# with at least so many per epoch, or reading them does not run beside
-# training on them.
+_ENOUGH_EXAMPLES = 1024
 _FEWEST_PER_EPOCH = 8
 # Small data are handed over in fewer pieces, down to this size.
 _SMALLEST_SUPERBATCH = 256
@@ -337,9 +338,10 @@ def _superbatch_size(given, base, epoch):
         return _checked_superbatch_size(given, base)
     if epoch == math.inf:
         return base * _BATCHES_OF_UNKNOWN
+    batches = min(base * _BATCHES_PER_SUPERBATCH, _ENOUGH_EXAMPLES)
     limit = max(
         epoch / _SUPERBATCHES_PER_EPOCH,
-        min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
+        min(batches, epoch / _FEWEST_PER_EPOCH),
         min(_SMALLEST_SUPERBATCH, epoch),
     )
     return largest_on_ladder(base, limit)
