@@ -330,7 +330,7 @@ def fit(
     backup_dir=None,
     **fit_arguments,
 ):
-    """Trains a model in one line: `AdaptiveTrainer(model, ...).fit(...)`.
+    """Trains a model in one line, by an `AdaptiveTrainer`.
 
     Args:
         model: A compiled Keras model.
