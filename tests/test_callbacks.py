@@ -1,0 +1,524 @@
+"""The callbacks alone, on a plain `model.fit`, and what they show the user.
+
+Law 5 of docs/design.md is here, too: interrupted and resumed = uninterrupted.
+"""
+
+import json
+import math
+import re
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import BASE
+from comparing import SUPERBATCH
+from comparing import dense
+from comparing import regression
+from comparing import variables_of
+
+import keras_batchsize as kb
+
+X, Y = regression()
+OURS = ("batch_size", "noise_scale", "examples_per_second")
+
+
+def regressor(rate=0.05):
+    model = dense()
+    model.compile(keras.optimizers.SGD(rate, momentum=0.9), "mse")
+    return model
+
+
+def schedule(sizes):
+    return kb.policies.BatchSizeSchedule(lambda epoch: sizes[epoch])
+
+
+def fit(callbacks, model=None, batch_size=SUPERBATCH, **arguments):
+    """Trains by plain `fit`; returns the model and the history."""
+    model = model or comparing.seeded(regressor)
+    settings = {"epochs": 3, "shuffle": False, "verbose": 0, **arguments}
+    history = model.fit(
+        X, Y, batch_size=batch_size, callbacks=callbacks, **settings
+    )
+    return model, history.history
+
+
+def assert_equal(model, twin):
+    ours, theirs = variables_of(model), variables_of(twin)
+    for one, two in zip(ours.values(), theirs.values(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+# Callbacks and trainer.
+
+
+def dynamic(policy=None, maximum=2 * SUPERBATCH, **options):
+    return kb.DynamicBatchSize(
+        policy or schedule([8, 32, 64]),
+        initial_batch_size=BASE,
+        max_batch_size=maximum,
+        **options,
+    )
+
+
+def test_callbacks_train_as_the_trainer_does_in_any_order():
+    def scaling():
+        return kb.LearningRateScaling("linear", warmup_epochs=1.5)
+
+    first, _ = fit([dynamic(), scaling()])
+    second, _ = fit([scaling(), dynamic()])
+    unscaled, _ = fit([dynamic()])
+
+    model = comparing.seeded(regressor)
+    trainer = kb.AdaptiveTrainer(
+        model,
+        schedule([8, 32, 64]),
+        superbatch_size=SUPERBATCH,
+        max_batch_size=2 * SUPERBATCH,
+        learning_rate_scaling="none",
+        verbose=0,
+    )
+    # A `LearningRateScaling` that is given takes the place of the trainer's.
+    trainer.fit(
+        X,
+        Y,
+        BASE,
+        epochs=3,
+        shuffle=False,
+        callbacks=[scaling()],
+        verbose=0,
+    )
+
+    assert_equal(first, second)
+    assert_equal(first, model)
+    with pytest.raises(AssertionError):
+        assert_equal(first, unscaled)
+
+
+def test_the_rate_may_belong_to_another_size_than_the_first():
+    # Meant for 16 examples: at the initial 8 it is halved, without momentum
+    # correction, which needs a rate that has been in force.
+    model, _ = fit([dynamic("fixed"), kb.LearningRateScaling("linear", 16)])
+
+    twin = comparing.seeded(lambda: regressor(rate=0.025))
+    twin.fit(X, Y, BASE, epochs=3, shuffle=False, verbose=0)
+
+    for one, two in zip(model.get_weights(), twin.get_weights()):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("size", [BASE, 30, 200])
+def test_a_size_off_the_ladder_is_taken_where_it_is_the_whole_epoch(size):
+    # One superbatch, and no other to compare it with.
+    model, _ = fit([dynamic("fixed")], batch_size=max(size, 70))
+    twin, _ = fit([], batch_size=BASE)
+
+    assert_equal(model, twin)
+
+
+# The static rule of Goyal et al. 2017.
+
+
+def train_by_hand(model, factor_at, size, epochs):
+    """Plain updates, the rate and the velocity set before each of them."""
+    optimizer = model.optimizer
+    base, old = float(optimizer.learning_rate), 1.0
+    for seen in range(0, epochs * 64, size):
+        factor = factor_at(seen)
+        for slot in optimizer.momentums if optimizer.built else ():
+            slot.assign(slot * (factor / old))
+        optimizer.learning_rate = base * factor
+        old = factor
+        batch = slice(seen % 64, seen % 64 + size)
+        model.train_on_batch(X[batch], Y[batch])
+
+
+@pytest.mark.parametrize("warmup_epochs", [0, 2, 0.75])
+@pytest.mark.parametrize(
+    ("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0), ("none", 1.0)]
+)
+def test_static_scaling_is_the_rule_of_goyal(rule, factor, warmup_epochs):
+    model = comparing.seeded(regressor)
+    scaling = kb.LearningRateScaling(
+        rule, base_batch_size=8, batch_size=32, warmup_epochs=warmup_epochs
+    )
+    model.fit(
+        X[:64],
+        Y[:64],
+        batch_size=32,
+        epochs=4,
+        shuffle=False,
+        callbacks=[scaling],
+        verbose=0,
+    )
+
+    twin = comparing.seeded(regressor)
+    warmup = 64 * warmup_epochs
+
+    def factor_at(seen):
+        progress = min(seen / warmup, 1.0) if warmup else 1.0
+        return 1.0 + (factor - 1.0) * progress
+
+    train_by_hand(twin, factor_at, 32, 4)
+
+    # The rate is multiplied in another order: a rounding per update.
+    for one, two in zip(model.get_weights(), twin.get_weights()):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_static_scaling_without_momentum_correction_lags():
+    def scaled(corrects):
+        return fit(
+            [
+                kb.LearningRateScaling(
+                    "linear",
+                    base_batch_size=8,
+                    batch_size=32,
+                    warmup_epochs=1,
+                    momentum_correction=corrects,
+                )
+            ]
+        )[0]
+
+    with pytest.raises(AssertionError):
+        assert_equal(scaled(True), scaled(False))
+
+
+def test_static_scaling_adds_nothing_to_the_logs():
+    scaling = kb.LearningRateScaling(base_batch_size=8, batch_size=32)
+
+    _, history = fit([scaling])
+
+    assert list(history) == ["loss"]
+
+
+# What is logged, printed and reported.
+
+
+def test_history_has_one_number_of_each_kind_per_epoch():
+    _, history = fit([dynamic()], epochs=3, validation_data=(X, Y))
+
+    assert list(history) == ["loss", "val_loss", *OURS]
+    for values in history.values():
+        assert [type(value) for value in values] == [float] * 3
+    assert history["batch_size"] == [8.0, 32.0, 64.0]
+    assert all(math.isnan(value) for value in history["noise_scale"])
+    assert all(value > 0 for value in history["examples_per_second"])
+    json.dumps(history)
+
+
+def test_the_noise_scale_is_logged_once_it_is_resolved():
+    callback = dynamic(kb.policies.Measure(), measure_every=1)
+    _, history = fit([callback], epochs=12)
+
+    last = callback.report.rows[-1].noise_scale
+    logged = history["noise_scale"][-1]
+    np.testing.assert_equal(logged, last)
+    assert any(value > 0 for value in history["noise_scale"])
+
+
+def test_a_callback_listed_later_sees_the_numbers():
+    seen = []
+    later = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(dict(logs))
+    )
+
+    fit([dynamic(), later], epochs=1)
+
+    assert set(seen[0]) == {"loss", *OURS}
+
+
+def test_each_change_is_a_line_in_the_words_of_keras(capsys):
+    fit([dynamic(verbose=1), kb.LearningRateScaling("linear")])
+
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if "set" in line
+    ]
+    assert lines == [
+        "Epoch 2: DynamicBatchSize setting batch size to 32 (scheduled for "
+        "epoch 2), learning rate to 0.2.",
+        "Epoch 3: DynamicBatchSize setting batch size to 64 (scheduled for "
+        "epoch 3), learning rate to 0.4.",
+    ]
+
+
+def test_changes_are_quiet_unless_asked_for(capsys):
+    fit([dynamic(), kb.LearningRateScaling("linear")])
+
+    assert capsys.readouterr().out == ""
+
+
+def test_the_report_tells_what_happened():
+    callback = dynamic()
+    assert callback.report is None
+
+    model, _ = fit([callback, kb.LearningRateScaling("linear")])
+
+    changes = [
+        (one.epoch, one.old_batch_size, one.new_batch_size)
+        for one in callback.report.changes
+    ]
+    assert changes == [(1, 8, 32), (2, 32, 64)]
+    rows = callback.report.rows
+    assert rows[-1].examples == 3 * len(X)
+    assert rows[-1].updates == model.optimizer.iterations
+    assert {row.batch_size for row in rows} == {8, 32, 64}
+    assert rows[-1].learning_rate == pytest.approx(8 * 0.05, rel=1e-6)
+    assert rows[-1].base_learning_rate == pytest.approx(0.05, rel=1e-6)
+
+
+# The progress bar.
+
+
+def printed(capsys):
+    """The bars that were printed, one list of frames per epoch."""
+    text = capsys.readouterr().out
+    text = re.sub(r"\x1b\[\d*m|\x08", "", text)
+    return [
+        [frame for frame in re.split(r"[\r\n]", epoch) if "/70" in frame]
+        for epoch in text.split("Epoch ")[1:]
+    ]
+
+
+def trainer_fit(**arguments):
+    trainer = kb.AdaptiveTrainer(
+        regressor(),
+        schedule([8, 32, 64]),
+        superbatch_size=SUPERBATCH,
+        max_batch_size=2 * SUPERBATCH,
+        verbose=0,
+    )
+    return trainer.fit(
+        X, Y, **{"batch_size": BASE, "epochs": 3, "verbose": 1, **arguments}
+    )
+
+
+def test_the_bar_counts_examples_and_shows_the_size(capsys):
+    trainer_fit(validation_data=(X, Y))
+
+    epochs = printed(capsys)
+    assert len(epochs) == 3
+    for frames, size in zip(epochs, (8, 32, 64)):
+        assert frames[-1].startswith("70/70 ")
+        assert f"batch_size: {size}.0000" in frames[-1]
+        assert "/example" in frames[-1]
+        assert "/step" not in frames[-1]
+        assert "val_loss" in frames[-1]
+    counts = [int(frame.split("/")[0]) for frame in epochs[0]]
+    assert set(counts) <= {32, 64, 70}
+
+
+def test_the_bar_works_on_a_plain_fit_with_the_callbacks(capsys):
+    fit([dynamic(), kb.ExamplesProgbarLogger()], verbose=1)
+
+    assert all(frames[-1].startswith("70/70 ") for frames in printed(capsys))
+
+
+def test_the_bar_is_that_of_keras_where_nothing_varies(capsys):
+    model, _ = fit([kb.ExamplesProgbarLogger()], verbose=1, epochs=2)
+
+    text = capsys.readouterr().out
+    assert "3/3" in text
+    assert "/step" in text
+    model.evaluate(X, Y, 32, callbacks=[kb.ExamplesProgbarLogger()])
+    assert "3/3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verbose", [0, 2])
+def test_verbose_means_what_it_does_in_keras(verbose, capsys):
+    trainer_fit(verbose=verbose)
+
+    out = capsys.readouterr().out
+    assert out.count("\n") == (0 if verbose == 0 else 6)
+    assert "\r" not in out
+
+
+def test_the_bar_finds_the_length_of_data_that_do_not_tell_it(capsys):
+    dataset = tf.data.Dataset.from_tensor_slices((X, Y))
+    dataset = dataset.filter(lambda x, y: True).batch(BASE)
+
+    with pytest.warns(UserWarning, match="Your input ran out of data"):
+        kb.AdaptiveTrainer(
+            regressor(), "fixed", superbatch_size=SUPERBATCH
+        ).fit(dataset, epochs=2)
+
+    epochs = printed(capsys)
+    assert epochs[-1][-1].startswith("70/70 ")
+
+
+# Law 5.
+
+
+class Interrupts(keras.callbacks.Callback):
+    """Raises at the end of an epoch, or in the middle of it."""
+
+    def __init__(self, epoch, batch=None):
+        super().__init__()
+        self.epoch, self.batch = epoch, batch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.now == self.epoch and batch == self.batch:
+            raise KeyboardInterrupt
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == self.epoch and self.batch is None:
+            raise KeyboardInterrupt
+
+
+SIZES = [8, 16, 64, 16, 8]
+EPOCHS = len(SIZES)
+
+
+def decaying():
+    """A model whose updates depend on the clock, too.
+
+    It learns slowly, so that gradients stay large and the noise resolved.
+    """
+    rate = keras.optimizers.schedules.ExponentialDecay(0.002, 7, 0.9)
+    return regressor(rate)
+
+
+def on_plateau():
+    # No improvement is large enough, so that it grows again and again.
+    return kb.policies.GrowOnPlateau("loss", patience=2, min_delta=100.0)
+
+
+POLICIES = {
+    "schedule": lambda: schedule(SIZES),
+    "plateau": on_plateau,
+    "noise": lambda: kb.policies.NoiseScale(factor=100.0),
+}
+
+
+def trained_by_trainer(policy, callbacks, folder):
+    model = comparing.seeded(decaying)
+    trainer = kb.AdaptiveTrainer(
+        model,
+        policy(),
+        learning_rate_scaling="linear",
+        superbatch_size=SUPERBATCH,
+        max_batch_size=2 * SUPERBATCH,
+        measure_every=1,
+        backup_dir=folder,
+        verbose=0,
+    )
+    return model, lambda: trainer.fit(
+        X,
+        Y,
+        BASE,
+        epochs=EPOCHS,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0,
+    )
+
+
+def trained_by_callbacks(policy, callbacks, folder, first=True):
+    model = comparing.seeded(decaying)
+    ours = [
+        dynamic(policy(), measure_every=1),
+        kb.LearningRateScaling("linear", warmup_epochs=2),
+    ]
+    backup = [] if folder is None else [kb.BackupAndRestore(folder)]
+    order = backup + ours if first else ours + backup
+    return model, lambda: model.fit(
+        X,
+        Y,
+        SUPERBATCH,
+        epochs=EPOCHS,
+        shuffle=False,
+        callbacks=[*order, *callbacks],
+        verbose=0,
+    )
+
+
+def with_backup_last(policy, callbacks, folder):
+    return trained_by_callbacks(policy, callbacks, folder, first=False)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "prepare", [trained_by_trainer, trained_by_callbacks, with_backup_last]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    prepare, policy, tmp_path
+):
+    policy, folder = POLICIES[policy], tmp_path / "backup"
+    expected, run = prepare(policy, [], None)
+    history = run().history
+
+    # At the end of the second epoch, then in the middle of the fourth.
+    for interrupt in (Interrupts(1), Interrupts(3, batch=1)):
+        _, run = prepare(policy, [interrupt], folder)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    resumed, run = prepare(policy, [], folder)
+    rest = run()
+
+    assert_equal(resumed, expected)
+    assert rest.epoch == [3, 4]
+    for name in ("loss", "batch_size", "noise_scale"):
+        np.testing.assert_equal(rest.history[name], history[name][3:])
+    assert len(set(history["batch_size"])) > 1
+    assert not folder.exists()
+
+
+def test_a_training_resumes_in_the_process_that_was_interrupted(tmp_path):
+    # The model still holds the velocity of the interrupted training.
+    def run(interrupt):
+        return model.fit(
+            X,
+            Y,
+            SUPERBATCH,
+            epochs=EPOCHS,
+            shuffle=False,
+            callbacks=[
+                kb.BackupAndRestore(tmp_path / "backup"),
+                dynamic(schedule(SIZES)),
+                kb.LearningRateScaling("linear"),
+                *interrupt,
+            ],
+            verbose=0,
+        )
+
+    expected = model = comparing.seeded(decaying)
+    run([])
+
+    model = comparing.seeded(decaying)
+    with pytest.raises(KeyboardInterrupt):
+        run([Interrupts(2)])
+    run([])
+
+    assert_equal(model, expected)
+
+
+def test_a_backup_is_made_between_epochs_too(tmp_path):
+    backup = kb.BackupAndRestore(tmp_path, save_freq=2, delete_checkpoint=False)
+
+    fit([dynamic(), backup], epochs=1)
+
+    saved = json.loads((tmp_path / "batch_size.json").read_text())
+    assert saved["controller"]["examples"] == 2 * SUPERBATCH
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_backup_without_our_callbacks_is_that_of_keras(tmp_path):
+    backup = kb.BackupAndRestore(tmp_path, delete_checkpoint=False)
+
+    fit([backup])
+
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"latest.weights.h5", "training_metadata.json"}
+
+
+def test_a_backup_of_another_base_size_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit([dynamic(), kb.BackupAndRestore(tmp_path), Interrupts(1)])
+    other = kb.DynamicBatchSize("fixed", initial_batch_size=16)
+
+    with pytest.raises(ValueError, match="Received: .*Use .*batch_size=8"):
+        fit([other, kb.BackupAndRestore(tmp_path)])
