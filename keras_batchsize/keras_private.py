@@ -53,6 +53,22 @@ def batch_size_of(dataset):
     return size
 
 
+def makes_batches(dataset):
+    """Whether batches are made somewhere in a `tf.data.Dataset`.
+
+    Args:
+        dataset: A dataset.
+
+    Returns:
+        Bool; False if the batches have been taken apart again.
+    """
+    kind = type(dataset).__name__
+    if kind == "_UnbatchDataset":
+        return False
+    inputs = dataset._inputs()
+    return kind in _BATCHING or any(makes_batches(one) for one in inputs)
+
+
 def predict_for_training(model, x):
     """Calls the model as `Model.train_step` does."""
     if model._call_has_training_arg:

@@ -275,7 +275,7 @@ def _is_batched(dataset, model, batch_size):
 
     The rank of the model's input decides. Where the model has none yet, a
     first axis of one known length is that of a batch, unless it contradicts
-    the batch size asked for.
+    the batch size asked for and nothing has made batches.
     """
     leaves = [
         spec.shape
@@ -290,7 +290,9 @@ def _is_batched(dataset, model, batch_size):
     inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
     if inputs and leaves[0].rank is not None:
         return leaves[0].rank != len(inputs[0].shape) - 1
-    return not sizes or batch_size is None or batch_size in sizes
+    if not sizes or batch_size is None or batch_size in sizes:
+        return True
+    return keras_private.makes_batches(dataset)
 
 
 def _checked_batch_size(batch_size):

@@ -48,6 +48,7 @@ ATTRIBUTES = {
     "_compile_loss": "output_loss_metrics",
     "_compute_loss": "compute_loss",
     "_input_dataset": "batch_size_of",
+    "_inputs": "makes_batches",
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
@@ -356,6 +357,22 @@ def test_dataset_tells_its_batch_size(name):
         f"{type(dataset).__name__}._batch_size or ._input_dataset",
         user("_batch_size"),
     )
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_dataset_tells_whether_it_makes_batches(name):
+    from keras_batchsize import keras_private
+
+    made = DATASETS[name](tf.data.Dataset.range(12).map(lambda x: (x, x)))
+    for dataset, expected in (
+        (made, True),
+        (made.map(lambda x, y: (x, y)), True),
+        (made.unbatch(), False),
+        (tf.data.Dataset.range(12).prefetch(2), False),
+    ):
+        assert keras_private.makes_batches(dataset) is expected, changed(
+            f"{type(dataset).__name__}._inputs", user("_inputs")
+        )
 
 
 def test_backup_and_restore_saves_in_one_method(tmp_path):

@@ -596,6 +596,20 @@ def test_a_dataset_can_be_cut_into_another_base_size():
     comparing.assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_whole_batches_are_known_without_a_model_to_tell(mapped):
+    # A subclassed model has no inputs yet, and (5, 5) may be five examples or
+    # one; batches were made, so it is five.
+    dataset = tf.data.Dataset.from_tensor_slices(X).batch(5, True)
+    if mapped:
+        dataset = dataset.map(lambda x: x)
+
+    ours = held(autoencoder, **stream(dataset, batch_size=BASE))
+    theirs = plain(autoencoder, **arrays(y=None, shuffle=False))
+
+    comparing.assert_same(ours, theirs)
+
+
 def test_a_shuffled_py_dataset_hands_over_every_batch():
     # Keras shuffles by Python's `random`, which both seed alike.
     def data():
