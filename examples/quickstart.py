@@ -72,19 +72,21 @@ def main():
     parser.add_argument("--plot", help="file to draw the report to")
     options = parser.parse_args()
 
-    train_data, test_data = load(options.data)
+    data = load(options.data)
     settings = SETTINGS[options.data]
-    trainer, accuracy = train(options.policy, train_data, test_data, settings, 2)
+    trainer, accuracy = train(options.policy, *data, settings, verbose=2)
     trainer.report.summary()
     if options.plot:
         trainer.report.plot(options.plot)
 
-    fixed, fixed_accuracy = train("fixed", train_data, test_data, settings, 0)
-    print(f"\nTest accuracy     {accuracy:.3f}, fixed: {fixed_accuracy:.3f}")
-    print(f"Updates           {trainer.report.updates:,}, "
-          f"fixed: {fixed.report.updates:,}")
-    print(f"Training seconds  {trainer.report.seconds:.2f}, "
-          f"fixed: {fixed.report.seconds:.2f} (tracing included)")
+    fixed, fixed_accuracy = train("fixed", *data, settings, verbose=0)
+    ours, theirs = trainer.report, fixed.report
+    print(
+        f"\nTest accuracy     {accuracy:.3f}, fixed: {fixed_accuracy:.3f}\n"
+        f"Updates           {ours.updates:,}, fixed: {theirs.updates:,}\n"
+        f"Training seconds  {ours.seconds:.2f}, fixed: {theirs.seconds:.2f} "
+        "(tracing included)"
+    )
 
 
 if __name__ == "__main__":
