@@ -269,7 +269,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
             min_batch_size=controller.ladder.sizes[0],
             max_batch_size=controller.ladder.sizes[-1],
             measuring_share=controller.measuring.share,
-            recommended_batch_size=recommended_batch_size(controller),
         )
+        if isinstance(controller.policy, policies.Measure):
+            size = recommended_batch_size(controller)
+            report.settings["recommended_batch_size"] = size
         if not report.changes:
             report.settings["reason_unchanged"] = why_unchanged(controller)
