@@ -29,7 +29,7 @@ _FEWEST_MEASURED = 64
 
 # After a change the size is held for so many superbatches and updates, in
 # which its speed is timed and the estimate gets used to the new weights.
-_DWELL_SUPERBATCHES = 3
+_DWELL_SUPERBATCHES = 4
 _DWELL_UPDATES = 8
 
 

@@ -42,12 +42,12 @@ class StepTime:
 def fit_step_time(batch_sizes, seconds, largest=math.inf):
     """Fits T(B) = a·max(1, B/largest) + c·B to timed updates.
 
-    Each size is represented by its median, the lower of two where there is
-    none in the middle: a hiccup of the machine only ever adds time, and of two
-    timings it must not move the size either. The line through the medians
-    minimises the *relative* error (a size of 16 must count as much as one of
-    4096, whose seconds are a hundred times as many), with both coefficients
-    kept non-negative.
+    Each size is represented by the lower quartile of its times: whatever else
+    runs on a machine only ever adds time, often to several updates in a row,
+    and a size that was unlucky must not be given up for it. The line through
+    these minimises the *relative* error (a size of 16 must count as much as
+    one of 4096, whose seconds are a hundred times as many), with both
+    coefficients kept non-negative.
 
     With one size only, or only sizes beyond `largest`, a and c cannot be told
     apart. Then half of the time is taken as fixed, as Pollux does (Qiao et al.
@@ -84,7 +84,7 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
     for size, one in zip(sizes.tolist(), times.tolist()):
         groups.setdefault(size, []).append(one)
     points = [
-        (max(size / largest, 1.0), size, statistics.median_low(one), len(one))
+        (max(size / largest, 1.0), size, _typical(one), len(one))
         for size, one in sorted(groups.items())
     ]
     if len({min(size, largest) for _, size, _, _ in points}) == 1:
@@ -92,6 +92,11 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
         per_example = half / min(points[0][1], largest)
         return StepTime(half, per_example, largest, guessed=True)
     return StepTime(*_line(points), largest)
+
+
+def _typical(seconds):
+    """The lower quartile, an element of the list."""
+    return sorted(seconds)[(len(seconds) - 1) // 4]
 
 
 def _line(points):
