@@ -7,22 +7,30 @@ trainer = kb.AdaptiveTrainer(model)
 history = trainer.fit(x, y, batch_size=32, epochs=20)
 trainer.report.summary()
 ```
+
+What it offers is imported when it is first asked for, so that TensorBoard can
+load our page and NumPy code our formulas without waiting for TensorFlow.
 """
 
-from keras_batchsize import noise
-from keras_batchsize import policies
-from keras_batchsize import report
-from keras_batchsize import scaling
-from keras_batchsize import throughput
+import importlib
+import typing
+
 from keras_batchsize._version import __version__
-from keras_batchsize.callbacks import BackupAndRestore
-from keras_batchsize.callbacks import DynamicBatchSize
-from keras_batchsize.callbacks import ExamplesProgbarLogger
-from keras_batchsize.callbacks import LearningRateScaling
-from keras_batchsize.plan import BatchPlan
-from keras_batchsize.report import Report
-from keras_batchsize.trainer import AdaptiveTrainer
-from keras_batchsize.trainer import fit
+
+if typing.TYPE_CHECKING:
+    from keras_batchsize import noise
+    from keras_batchsize import policies
+    from keras_batchsize import report
+    from keras_batchsize import scaling
+    from keras_batchsize import throughput
+    from keras_batchsize.callbacks import BackupAndRestore
+    from keras_batchsize.callbacks import DynamicBatchSize
+    from keras_batchsize.callbacks import ExamplesProgbarLogger
+    from keras_batchsize.callbacks import LearningRateScaling
+    from keras_batchsize.plan import BatchPlan
+    from keras_batchsize.report import Report
+    from keras_batchsize.trainer import AdaptiveTrainer
+    from keras_batchsize.trainer import fit
 
 __all__ = [
     "AdaptiveTrainer",
@@ -40,3 +48,31 @@ __all__ = [
     "scaling",
     "throughput",
 ]
+
+# The module that each name is in; a test compares them with the imports above,
+# which type checkers read. What is not here is a module itself.
+_HOMES = {
+    "AdaptiveTrainer": "trainer",
+    "BackupAndRestore": "callbacks",
+    "BatchPlan": "plan",
+    "DynamicBatchSize": "callbacks",
+    "ExamplesProgbarLogger": "callbacks",
+    "LearningRateScaling": "callbacks",
+    "Report": "report",
+    "fit": "trainer",
+}
+
+
+def __getattr__(name):
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    value = getattr(home, name) if name in _HOMES else home
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    """Returns all public names, imported or not."""
+    return sorted({*globals(), *__all__})

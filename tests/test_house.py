@@ -477,6 +477,46 @@ def test_public_names_exist():
     assert not missing, f"`__all__` names what the package lacks: {missing}"
 
 
+def imports_for_type_checkers():
+    """The `if typing.TYPE_CHECKING` imports of the package: name to home."""
+    package = next(module for module in MODULES if module.name == "__init__")
+    block = next(node for node in package.tree.body if isinstance(node, ast.If))
+    homes = {}
+    for node in ast.walk(block):
+        if isinstance(node, ast.ImportFrom):
+            home = node.module.removeprefix(PACKAGE).removeprefix(".")
+            homes.update({alias.name: home for alias in node.names})
+    return homes
+
+
+def test_type_checkers_see_what_is_imported_on_demand():
+    homes = imports_for_type_checkers()
+    assert {*homes, "__version__"} == set(literal("__init__", "__all__")), (
+        "`__all__` and the imports below `typing.TYPE_CHECKING` must agree."
+    )
+    in_modules = {name: home for name, home in homes.items() if home}
+    assert in_modules == literal("__init__", "_HOMES"), (
+        "`_HOMES` must name the module of each name imported for checkers."
+    )
+
+
+def test_import_takes_no_tensorflow(run_python):
+    # TensorBoard imports the package to find our page, and may run where
+    # there is no TensorFlow.
+    script = textwrap.dedent(f"""
+        import sys
+
+        import {PACKAGE}
+        from {PACKAGE} import noise
+        from {PACKAGE} import policies
+
+        assert not {{"tensorflow", "keras"}} & set(sys.modules)
+        assert set({PACKAGE}.__all__) <= set(dir({PACKAGE}))
+    """)
+    process = run_python("-c", script)
+    assert process.returncode == 0, process.stderr
+
+
 def test_import_leaves_the_optional_parts_alone(run_python):
     # Keras imports matplotlib itself where it is installed, so what is loaded
     # afterwards tells nothing; what is missed does.
@@ -485,7 +525,7 @@ def test_import_leaves_the_optional_parts_alone(run_python):
         import sys
 
         sys.modules.update(dict.fromkeys({optional}))
-        import {PACKAGE}
+        from {PACKAGE} import *
     """)
     process = run_python("-c", script)
     assert process.returncode == 0, (
