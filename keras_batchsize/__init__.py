@@ -24,6 +24,7 @@ if typing.TYPE_CHECKING:
     from keras_batchsize import scaling
     from keras_batchsize import throughput
     from keras_batchsize.callbacks import BackupAndRestore
+    from keras_batchsize.callbacks import BatchSizeTensorBoard
     from keras_batchsize.callbacks import DynamicBatchSize
     from keras_batchsize.callbacks import ExamplesProgbarLogger
     from keras_batchsize.callbacks import LearningRateScaling
@@ -36,6 +37,7 @@ __all__ = [
     "AdaptiveTrainer",
     "BackupAndRestore",
     "BatchPlan",
+    "BatchSizeTensorBoard",
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
@@ -55,6 +57,7 @@ _HOMES = {
     "AdaptiveTrainer": "trainer",
     "BackupAndRestore": "callbacks",
     "BatchPlan": "plan",
+    "BatchSizeTensorBoard": "callbacks",
     "DynamicBatchSize": "callbacks",
     "ExamplesProgbarLogger": "callbacks",
     "LearningRateScaling": "callbacks",

@@ -14,20 +14,23 @@ from keras_batchsize import keras_private
 from keras_batchsize import policies
 from keras_batchsize import requirements
 from keras_batchsize._callbacks_backup import BackupAndRestore
+from keras_batchsize._callbacks_base import change_of
+from keras_batchsize._callbacks_base import row_of
+from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._callbacks_learning_rate import LearningRateScaling
 from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
+from keras_batchsize._callbacks_tensorboard import BatchSizeTensorBoard
 from keras_batchsize._controller_advice import recommended_batch_size
 from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
-from keras_batchsize.report import Change
 from keras_batchsize.report import Report
-from keras_batchsize.report import Row
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
 __all__ = [
     "BackupAndRestore",
+    "BatchSizeTensorBoard",
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
@@ -139,8 +142,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
             steps=self.params.get("steps"),
             epochs=self.params.get("epochs", 1),
         )
-        function.on_superbatch = self._record
-        function.on_decision = self._announce
+        function.on_superbatch.append(self._record)
+        function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end
         self.report = Report()
         self._train_function = function
@@ -194,58 +197,18 @@ class DynamicBatchSize(keras.callbacks.Callback):
 
     def _announce(self, decision):
         """Prints and records a change of the size."""
-        function = self._train_function
-        controller = function.controller
-        rate = function.next_learning_rate()
-        self.report.add_change(
-            Change(
-                epoch=function.epoch,
-                examples=controller.examples,
-                updates=controller.updates,
-                old_batch_size=decision.old_batch_size,
-                new_batch_size=decision.new_batch_size,
-                noise_scale=decision.noise_scale,
-                learning_rate=rate,
-                reason=decision.reason,
-                predicted_speedup=decision.predicted_speedup,
-                observed_speedup=math.nan,
-            )
-        )
+        change = change_of(self._train_function, decision)
+        self.report.add_change(change)
         if self.verbose:
             keras_private.print_message(
-                f"\nEpoch {function.epoch + 1}: DynamicBatchSize setting "
-                f"batch size to {decision.new_batch_size} "
-                f"({decision.reason}), learning rate to {rate:.4g}."
+                f"\nEpoch {change.epoch + 1}: DynamicBatchSize setting "
+                f"batch size to {change.new_batch_size} ({change.reason}), "
+                f"learning rate to {change.learning_rate:.4g}."
             )
 
     def _record(self, measurement):
         """Adds a row to the report."""
-        function = self._train_function
-        controller = function.controller
-        plan, estimate = controller.plan, controller.noise_scale
-        known = estimate.resolved
-        self.report.add_row(
-            Row(
-                examples=controller.examples,
-                updates=controller.updates,
-                epoch=function.epoch,
-                seconds=function.seconds,
-                batch_size=plan.batch_size,
-                micro_batch_size=plan.micro_batch_size,
-                accumulation_steps=plan.accumulation_steps,
-                noise_scale=estimate.value if known else math.nan,
-                noise_lower=estimate.lower if known else math.nan,
-                noise_upper=estimate.upper if known else math.nan,
-                learning_rate=measurement.learning_rate,
-                base_learning_rate=measurement.learning_rate / function.factor,
-                learning_rate_factor=function.factor,
-                examples_per_second=measurement.examples / measurement.seconds,
-                goodput=controller.goodput,
-                loss=(
-                    math.nan if measurement.loss is None else measurement.loss
-                ),
-            )
-        )
+        self.report.add_row(row_of(self._train_function, measurement))
 
     def _complete_report(self, function):
         controller, report = function.controller, self.report
@@ -261,15 +224,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
                 seconds * controller.base_steps + function.tracing_seconds
             )
         report.skipped_measurements = controller.skipped_measurements
-        report.settings.update(
-            policy=repr(controller.policy),
-            learning_rate_scaling=function.rule.__name__,
-            base_batch_size=base,
-            superbatch_size=controller.superbatch_size,
-            min_batch_size=controller.ladder.sizes[0],
-            max_batch_size=controller.ladder.sizes[-1],
-            measuring_share=controller.measuring.share,
-        )
+        report.settings.update(settings_of(function))
         if isinstance(controller.policy, policies.Measure):
             size = recommended_batch_size(controller)
             report.settings["recommended_batch_size"] = size

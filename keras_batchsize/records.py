@@ -64,3 +64,11 @@ class Decision:
     noise_scale: float
     predicted_speedup: float
     reason: str
+
+
+class Listeners(list):
+    """Functions of one value, called together, in the order they came."""
+
+    def __call__(self, value):
+        for listener in self:
+            listener(value)

@@ -18,6 +18,7 @@ from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
 from keras_batchsize.noise import MicroBatchNorms
+from keras_batchsize.records import Listeners
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import Timing
 from keras_batchsize.update_graphs import UpdateGraphs
@@ -39,24 +40,26 @@ class AdaptiveTrainFunction:
         corrects_momentum: Whether momentum is rescaled with the factor.
         rule: The learning-rate rule.
         rate_batch_size: Batch size the base rate was meant for, None for B₀.
-        on_superbatch: Function called after each superbatch with its
+        on_superbatch: `Listeners` called after each superbatch with its
             `Measurement`.
-        on_decision: Function called with the `Decision` when the size
+        on_decision: `Listeners` called with the `Decision` when the size
             changes.
         on_epoch_end: Function called with the epoch and its logs, once or
             more often, when the epoch has ended.
+        identity: Name of the training, kept when it is resumed, or None.
     """
 
     def __init__(self, model, controller_for, steps=None, epochs=1):
         self.controller = None
         self.warmup_epochs = 0
         self.corrects_momentum = True
-        self.on_superbatch = lambda measurement: None
-        self.on_decision = lambda decision: None
+        self.on_superbatch = Listeners()
+        self.on_decision = Listeners()
         self.on_epoch_end = lambda epoch, logs: None
         self._steps = steps
         self._epochs = epochs
         self.seconds = 0.0
+        self.identity = None
         self.epoch = 0
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
@@ -244,6 +247,7 @@ class AdaptiveTrainFunction:
             "controller": self.controller.get_state(),
             "factor": self._factor,
             "seconds": self.seconds,
+            "identity": self.identity,
         }
 
     def set_state(self, state):
@@ -254,6 +258,7 @@ class AdaptiveTrainFunction:
         """
         self._state = state
         self.seconds = state["seconds"]
+        self.identity = state.get("identity")
 
     def _decide(self):
         """Lets the controller change the size, but not within an update."""

@@ -10,6 +10,7 @@ from keras_batchsize import policies
 from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize.callbacks import BackupAndRestore
+from keras_batchsize.callbacks import BatchSizeTensorBoard
 from keras_batchsize.callbacks import DynamicBatchSize
 from keras_batchsize.callbacks import ExamplesProgbarLogger
 from keras_batchsize.callbacks import LearningRateScaling
@@ -68,6 +69,8 @@ class AdaptiveTrainer:
             batches.
         measure_every: Measure one update in so many; "auto" for as often as
             2 % of the time pay for.
+        tensorboard: Folder to write to for TensorBoard, or the
+            `keras.callbacks.TensorBoard` in use; see `BatchSizeTensorBoard`.
         backup_dir: Folder from which an interrupted `fit` resumes, as
             `keras.callbacks.BackupAndRestore` does.
         verbose: 1 to print a line at each change of the size.
@@ -88,6 +91,7 @@ class AdaptiveTrainer:
         max_batch_size=None,
         superbatch_size=None,
         measure_every="auto",
+        tensorboard=None,
         backup_dir=None,
         verbose=1,
     ):
@@ -102,6 +106,7 @@ class AdaptiveTrainer:
         self.max_batch_size = max_batch_size
         self.superbatch_size = superbatch_size
         self.measure_every = measure_every
+        self.tensorboard = _board(tensorboard)
         self.backup_dir = backup_dir
         self.verbose = verbose
         self._controller = None
@@ -202,6 +207,8 @@ class AdaptiveTrainer:
             )
         finally:
             sizes.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
             self._report = sizes.report or self._report
 
     def _callbacks(self, callbacks, sizes, superbatches, verbose):
@@ -209,6 +216,8 @@ class AdaptiveTrainer:
             callbacks = callbacks.callbacks
         given = keras.tree.flatten(callbacks) if callbacks else []
         ours = [sizes, LearningRateScaling(self.learning_rate_scaling)]
+        if self.tensorboard is not None:
+            given.append(self.tensorboard)
         if self.backup_dir is not None:
             given.append(BackupAndRestore(self.backup_dir))
         has_bar = any(
@@ -303,6 +312,15 @@ class AdaptiveTrainer:
         self._state = dict(state) or None
 
 
+def _board(tensorboard):
+    """Returns the `BatchSizeTensorBoard` of the argument, or None."""
+    if tensorboard is None:
+        return None
+    if isinstance(tensorboard, keras.callbacks.TensorBoard):
+        return BatchSizeTensorBoard(tensorboard=tensorboard)
+    return BatchSizeTensorBoard(tensorboard)
+
+
 def _warn_of_steps_per_execution(model):
     steps = model.steps_per_execution
     if steps == 1:
@@ -327,6 +345,7 @@ def fit(
     max_batch_size=None,
     superbatch_size=None,
     measure_every="auto",
+    tensorboard=None,
     backup_dir=None,
     **fit_arguments,
 ):
@@ -343,6 +362,7 @@ def fit(
         max_batch_size: See `AdaptiveTrainer`.
         superbatch_size: See `AdaptiveTrainer`.
         measure_every: See `AdaptiveTrainer`.
+        tensorboard: See `AdaptiveTrainer`.
         backup_dir: See `AdaptiveTrainer`.
         **fit_arguments: All other arguments of `Model.fit`.
 
@@ -357,6 +377,7 @@ def fit(
         max_batch_size=max_batch_size,
         superbatch_size=superbatch_size,
         measure_every=measure_every,
+        tensorboard=tensorboard,
         backup_dir=backup_dir,
     )
     return trainer.fit(x, y, batch_size=batch_size, **fit_arguments)

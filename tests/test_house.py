@@ -24,7 +24,7 @@ FLOORS = (
     ("_checks", "_version"),
     ("clock", "measuring", "noise", "plan", "scaling", "throughput"),
     ("policies", "records"),
-    ("controller", "report"),
+    ("controller", "report", "tensorboard"),
     # From here on TensorFlow and Keras may be imported.
     ("keras_private", "slicing"),
     ("exactness", "learning_rate", "memory", "superbatches"),
@@ -32,7 +32,7 @@ FLOORS = (
     ("update_graphs",),
     ("train_function",),
     ("callbacks",),
-    ("tensorboard", "trainer", "tuner"),
+    ("trainer", "tuner"),
     ("__init__",),
 )
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -450,6 +450,11 @@ PUBLIC_CALLBACKS = {
         "linear", base_batch_size=BASE, batch_size=SUPERBATCH
     ),
     "BackupAndRestore": lambda path: kb.BackupAndRestore(path / "backup"),
+    # It shows what another one decides, and is copied with it.
+    "BatchSizeTensorBoard": lambda path: [
+        kb.BatchSizeTensorBoard(path / "logs"),
+        kb.DynamicBatchSize(growing(), BASE),
+    ],
     "ExamplesProgbarLogger": lambda path: kb.ExamplesProgbarLogger(),
 }
 

@@ -1,0 +1,347 @@
+"""`BatchSizeTensorBoard`: what the batch size does, for TensorBoard."""
+
+import math
+import pathlib
+import time
+import types
+import uuid
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize._callbacks_base import change_of
+from keras_batchsize._callbacks_base import row_of
+from keras_batchsize._callbacks_base import settings_of
+from keras_batchsize._callbacks_base import train_function_of
+from keras_batchsize._version import __version__
+from keras_batchsize.tensorboard import events
+from keras_batchsize.tensorboard import pictures
+from keras_batchsize.tensorboard import tables
+from keras_batchsize.tensorboard import tags
+from keras_batchsize.tensorboard.writer import RunWriter
+
+# Share of the training time that drawing pictures may take; the last ones
+# are drawn when training is over.
+_DRAWING_BUDGET = 0.003
+
+
+class BatchSizeTensorBoard(keras.callbacks.Callback):
+    """Writes batch size, noise scale, rate, speed and memory for TensorBoard.
+
+    It writes to a run of its own, `<log_dir>/batch_size`, beside those of
+    `keras.callbacks.TensorBoard`, with the number of examples seen as the
+    step: the only axis on which batch sizes can be compared. Values go into
+    the tabs of TensorBoard (also "Custom Scalars", "Text" and "Images") and
+    into its tab "Batch size", which comes with this package.
+
+    ```python
+    board = keras.callbacks.TensorBoard("logs")
+    model.fit(x, y, batch_size=2048, callbacks=[
+        kb.DynamicBatchSize(), board, kb.BatchSizeTensorBoard(tensorboard=board)
+    ])
+    ```
+
+    A training that is resumed goes on in its run; any other one in the same
+    folder gets a run of its own, `batch_size_2` and so on. Under a
+    distribution strategy the chief writes. Where writing fails, one warning
+    says so and training goes on.
+
+    Args:
+        log_dir: Folder that TensorBoard is given.
+        tensorboard: The `keras.callbacks.TensorBoard` whose folder to use,
+            instead of `log_dir`. KerasTuner gives it a folder for each trial.
+        hparams: Whether to write the settings for the tab "HParams". Not
+            where KerasTuner writes them.
+
+    Raises:
+        TypeError: If an argument is of another kind than stated.
+        ValueError: If not exactly one of `log_dir` and `tensorboard` is given.
+    """
+
+    def __init__(self, log_dir=None, tensorboard=None, hparams=False):
+        super().__init__()
+        if (log_dir is None) == (tensorboard is None):
+            raise ValueError(
+                "Exactly one of `log_dir` and `tensorboard` must be given: "
+                "it says where to write. Received: "
+                f"log_dir={log_dir!r}, tensorboard={tensorboard!r}. Use "
+                'kb.BatchSizeTensorBoard("logs").'
+            )
+        if log_dir is not None and not isinstance(log_dir, (str, pathlib.Path)):
+            raise TypeError(
+                "`log_dir` must be the path of a folder: TensorBoard reads "
+                f"it from there. Received: log_dir={log_dir!r}. Use "
+                'log_dir="logs", or tensorboard= for a callback.'
+            )
+        if tensorboard is not None and not isinstance(
+            tensorboard, keras.callbacks.TensorBoard
+        ):
+            raise TypeError(
+                "`tensorboard` must be the `keras.callbacks.TensorBoard` in "
+                "use: its folder is written to. Received: "
+                f"tensorboard={tensorboard!r}. Use log_dir= for a folder."
+            )
+        self.log_dir = log_dir
+        self.tensorboard = tensorboard
+        self.hparams = hparams
+        self._recorder = None
+        self._last = None
+
+    def on_train_begin(self, logs=None):
+        """Forgets an earlier training."""
+        self.close()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Attaches itself, once the train function is in place."""
+        if self._recorder is None and _is_chief(self.model):
+            self._recorder = self._attach()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Makes the epoch visible."""
+        if self._recorder is not None:
+            self._recorder.end_epoch()
+
+    def on_train_end(self, logs=None):
+        """Ends the file."""
+        self.close()
+
+    def close(self):
+        """Ends the file, also after an error. May be called again."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.close()
+            self._last = recorder.end
+
+    def __getstate__(self):
+        """Leaves the open file out: a copy begins a run of its own."""
+        return {**vars(self), "_recorder": None, "_last": None}
+
+    def _attach(self):
+        function = train_function_of(self.model)
+        if function is None:
+            raise ValueError(
+                "`BatchSizeTensorBoard` needs a fit whose batch size is "
+                "decided: it shows what was. Received: a fit without. Add "
+                "kb.DynamicBatchSize() to `callbacks`, or use "
+                "kb.AdaptiveTrainer(model, tensorboard=...)."
+            )
+        folder = self.log_dir
+        if folder is None:
+            # Only now: KerasTuner sets it for each trial.
+            folder = self.tensorboard.log_dir
+        recorder = _Recorder(
+            function, folder, self.params.get("steps"), self._last
+        )
+        function.on_superbatch.append(recorder.add_row)
+        function.on_decision.append(recorder.add_change)
+        return recorder
+
+
+def _is_chief(model):
+    """Whether this process writes: one of several workers does."""
+    return model.distribute_strategy.extended.should_save_summary
+
+
+class _Recorder:
+    """Writes down one training.
+
+    Args:
+        function: The `AdaptiveTrainFunction`.
+        log_dir: Folder that TensorBoard is given.
+        steps: Superbatches per epoch, or None.
+        last: `end` of the training before it, which may go on, or None.
+    """
+
+    def __init__(self, function, log_dir, steps, last):
+        self._function = function
+        self._log_dir = log_dir
+        self._steps = steps
+        self._last = last
+        self._epoch = None
+        self._done = 0
+        self._writer = None
+        self._first_step = 0
+        self._changes = {}
+        self._shown = None
+        self._seconds_before = 0.0
+        self._drawing_seconds = 0.0
+        # A guess until one has been drawn.
+        self._drawing_cost = 0.5
+
+    # Called by the train function.
+
+    def add_row(self, measurement):
+        """Writes what held during a superbatch."""
+        row = row_of(self._function, measurement)
+        if row.epoch != self._epoch:
+            self._epoch, self._done = row.epoch, 0
+        self._done += 1
+        if self._writer is None:
+            self._begin(row.examples - measurement.examples)
+        self._writer.scalars(row.examples, self._values(row))
+
+    def add_change(self, decision):
+        """Writes a change of the size."""
+        change = vars(change_of(self._function, decision))
+        step = change["examples"]
+        self._changes[step] = dict(change)
+        if self._writer is None:
+            self._begin(step)
+        self._writer.write(
+            step,
+            [
+                events.text(tags.TEXT_CHANGE, tables.change(change)),
+                self._change_for_page(step),
+            ],
+        )
+
+    # Called by the callback.
+
+    def end_epoch(self):
+        """Writes what an epoch has taught, and makes it visible."""
+        if self._writer is None:
+            return
+        self._write_changes()
+        seconds = self._function.seconds
+        budget = _DRAWING_BUDGET * seconds - self._drawing_seconds
+        if self._drawing_cost <= budget:
+            self._draw_goodput()
+        self._write_info()
+        self._writer.flush()
+
+    def close(self):
+        """Writes how it ended."""
+        if self._writer is None:
+            return
+        self._write_changes()
+        self._draw_goodput()
+        self._write_info(finished=True)
+        self._writer.close()
+
+    @property
+    def end(self):
+        """Identity, examples and seconds of the training, to go on from."""
+        if self._writer is None:
+            return self._last
+        examples = self._function.controller.examples
+        seconds = self._seconds_before + self._function.seconds
+        return self._function.identity, examples, seconds
+
+    def _begin(self, examples_before):
+        """Opens the file: that of this training, if it is one that goes on."""
+        function = self._function
+        if function.identity is None and self._last is not None:
+            identity, examples, seconds = self._last
+            if 0 < examples == examples_before:
+                function.identity, self._seconds_before = identity, seconds
+        function.identity = function.identity or uuid.uuid4().hex[:12]
+        self._writer = RunWriter(
+            self._log_dir, tf.io, function.identity, examples_before + 1
+        )
+        self._first_step = examples_before + 1
+        settings = settings_of(function)
+        values = [events.text(tags.TEXT_SETTINGS, tables.settings(settings))]
+        self._writer.write(self._first_step, values)
+        self._write_info()
+
+    def _values(self, row):
+        """Returns the scalars of a row; the tags are those of `tags.py`."""
+        controller = self._function.controller
+        estimate = controller.noise_scale
+        part = self._done / self._steps if self._steps else 0.0
+        values = {
+            "batch_size/global": row.batch_size,
+            "batch_size/micro": row.micro_batch_size,
+            "batch_size/accumulation_steps": row.accumulation_steps,
+            "batch_size/maximum": controller.ladder.sizes[-1],
+            "learning_rate/effective": row.learning_rate,
+            "learning_rate/base": row.base_learning_rate,
+            "learning_rate/factor": row.learning_rate_factor,
+            "throughput/examples_per_second": row.examples_per_second,
+            "progress/updates": row.updates,
+            "progress/epoch": row.epoch + min(part, 1.0),
+            "progress/seconds": self._seconds_before + row.seconds,
+        }
+        if controller.measures:
+            values |= {
+                "noise_scale/value": row.noise_scale,
+                "noise_scale/lower": row.noise_lower,
+                "noise_scale/upper": row.noise_upper,
+                "gradient/squared_norm": estimate.squared_norm,
+                "gradient/variance": estimate.trace,
+                "throughput/goodput": row.goodput,
+            }
+        return values
+
+    def _change_for_page(self, step):
+        change = {
+            name: _finite_or_none(value)
+            for name, value in self._changes[step].items()
+        }
+        return events.data(tags.CHANGE.format(step), change)
+
+    def _write_changes(self):
+        """Writes changes whose observed speed-up has become known."""
+        controller = self._function.controller
+        values = []
+        for step, change in self._changes.items():
+            before = change["observed_speedup"]
+            now = controller.observed_speedup(types.SimpleNamespace(**change))
+            if not math.isclose(before, now, rel_tol=0.02) and now == now:
+                change["observed_speedup"] = now
+                values.append(self._change_for_page(step))
+        table = tables.changes(list(self._changes.values()))
+        if self._changes and table != self._shown:
+            self._shown = table
+            values.append(events.text(tags.TEXT_CHANGES, table))
+        if values:
+            self._writer.write(controller.examples, values)
+
+    def _write_info(self, finished=False):
+        """Writes settings and totals for our own page."""
+        function = self._function
+        controller = function.controller
+        info = {
+            "version": __version__,
+            "identity": function.identity,
+            "first_step": self._first_step,
+            "settings": settings_of(function),
+            "examples": controller.examples,
+            "updates": controller.updates,
+            "base_updates": controller.base_steps,
+            "seconds": self._seconds_before + function.seconds,
+            "finished": finished,
+        }
+        self._writer.write(
+            max(controller.examples, self._first_step),
+            [events.data(tags.INFO, info)],
+        )
+
+    def _draw_goodput(self):
+        """Draws goodput against the batch size, where matplotlib is there."""
+        controller = self._function.controller
+        estimate, step_time = controller.noise_scale, controller.step_time
+        if not estimate.resolved or step_time is None or step_time.guessed:
+            return
+        started = time.perf_counter()
+        try:
+            figure = pictures.goodput(
+                controller.ladder.sizes,
+                controller.batch_size,
+                step_time,
+                estimate.value,
+                controller.ladder.base,
+            )
+        except ImportError:
+            return
+        value = events.image(tags.IMAGE_GOODPUT, *pictures.png(figure))
+        self._writer.write(controller.examples, [value])
+        self._drawing_cost = time.perf_counter() - started
+        self._drawing_seconds += self._drawing_cost
+
+
+def _finite_or_none(value):
+    """JSON has neither NaN nor infinities."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
