@@ -17,6 +17,7 @@ divided by R.
 """
 
 import argparse
+import math
 
 import simulation
 
@@ -44,9 +45,9 @@ def measure(options):
 
     data = workloads.load(options.data, options.path)
     base, timings, updates = options.sizes[0], {}, {}
-    report, seen, _ = _train(options, data, base, options.learning_rate)
+    report, seen = _train(options, data, base, options.learning_rate)
     timings.update(seen["timings"])
-    updates[base] = report.updates
+    updates[base] = seen["updates"]
     if not seen["reached"]:
         raise SystemExit(
             f"The base size did not reach {options.target:.1%} in "
@@ -57,11 +58,10 @@ def measure(options):
     scale = report.rows[-1].noise_scale / base
     for size in options.sizes[1:]:
         factor = scaling.adascale(size / base, scale)
-        _, seen, made = _train(
-            options, data, size, options.learning_rate * factor
-        )
+        rate = options.learning_rate * factor
+        _, seen = _train(options, data, size, rate)
         timings.update(seen["timings"])
-        updates[size] = made if seen["reached"] else None
+        updates[size] = seen["updates"] if seen["reached"] else None
     report.settings.update(
         timings=timings,
         updates_to_target=updates,
@@ -99,9 +99,12 @@ def _train(options, data, size, rate):
     seen = {
         "timings": trainer.get_state()["timings"],
         "reached": clock.reached,
-        "parameters": model.count_params(),
+        "updates": clock.updates,
+        "parameters": sum(
+            math.prod(one.shape) for one in model.trainable_variables
+        ),
     }
-    return trainer.report, seen, clock.updates
+    return trainer.report, seen
 
 
 def step_time_of(report):
@@ -241,6 +244,8 @@ def draw(runs, path):
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
+    panels[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panels[0].yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     panels[2].set_yscale("log", base=2)
     panels[2].yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     panels[0].legend(frameon=False)
