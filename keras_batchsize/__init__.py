@@ -23,11 +23,13 @@ if typing.TYPE_CHECKING:
     from keras_batchsize import report
     from keras_batchsize import scaling
     from keras_batchsize import throughput
+    from keras_batchsize.batch_profile import BatchProfile
     from keras_batchsize.callbacks import BackupAndRestore
     from keras_batchsize.callbacks import BatchSizeTensorBoard
     from keras_batchsize.callbacks import DynamicBatchSize
     from keras_batchsize.callbacks import ExamplesProgbarLogger
     from keras_batchsize.callbacks import LearningRateScaling
+    from keras_batchsize.memory import find_max_batch_size
     from keras_batchsize.plan import BatchPlan
     from keras_batchsize.report import Report
     from keras_batchsize.trainer import AdaptiveTrainer
@@ -37,12 +39,14 @@ __all__ = [
     "AdaptiveTrainer",
     "BackupAndRestore",
     "BatchPlan",
+    "BatchProfile",
     "BatchSizeTensorBoard",
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
     "Report",
     "__version__",
+    "find_max_batch_size",
     "fit",
     "noise",
     "policies",
@@ -57,11 +61,13 @@ _HOMES = {
     "AdaptiveTrainer": "trainer",
     "BackupAndRestore": "callbacks",
     "BatchPlan": "plan",
+    "BatchProfile": "batch_profile",
     "BatchSizeTensorBoard": "callbacks",
     "DynamicBatchSize": "callbacks",
     "ExamplesProgbarLogger": "callbacks",
     "LearningRateScaling": "callbacks",
     "Report": "report",
+    "find_max_batch_size": "memory",
     "fit": "trainer",
 }
 

@@ -168,6 +168,9 @@ class GradientAccumulator:
                 weighted = tf.cast(weight, total.dtype) * tf.cast(
                     gradient, total.dtype
                 )
+                # Cutting loses the shape of an example; where that is 1, the
+                # sum would not know it either.
+                weighted.set_shape(total.shape)
                 result.append(total + weighted)
         return result
 

@@ -8,11 +8,13 @@ that says which, not by a user.
 import contextlib
 
 import keras
+from keras.src.backend.common import global_state as keras_globals
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.utils import io_utils
+from tensorflow.python.eager import context as eager_context
 
 print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
@@ -67,6 +69,86 @@ def makes_batches(dataset):
         return False
     inputs = dataset._inputs()
     return kind in _BATCHING or any(makes_batches(one) for one in inputs)
+
+
+def in_order(dataset):
+    """Returns a dataset of the same examples, without shuffling if possible.
+
+    Reading from one that shuffles anew each time takes the order of the first
+    epoch away from whoever trains on it.
+
+    Args:
+        dataset: A dataset of batches.
+
+    Returns:
+        A dataset of batches; the given one if it does not shuffle, or where
+        the shuffling lies below something that cannot be taken off.
+    """
+    below, batched = dataset, False
+    while type(below).__name__ in _PASSING_ON + _BATCHING:
+        kind, above = type(below).__name__, below
+        below = above._input_dataset
+        batched = batched or kind in _BATCHING
+        if kind == "_ShuffleDataset":
+            found = in_order(below)
+            return found.batch(batch_size_of(dataset)) if batched else found
+    return dataset
+
+
+_GLOBAL_SEEDS, _NAMES = "global_seed_generator", "object_name_uids"
+
+
+def global_state():
+    """Copies what Keras and TensorFlow draw seeds and names from.
+
+    Returns:
+        Tuple for `set_global_state` and `global_seeds`.
+    """
+    names = keras_globals.get_global_attribute(_NAMES)
+    return (
+        keras_globals.get_global_attribute(_GLOBAL_SEEDS),
+        None if names is None else names.copy(),
+        eager_context.context()._rng.getstate(),
+    )
+
+
+def set_global_state(state):
+    """Puts back what `global_state` returned; values of variables apart."""
+    generator, names, seeds = state
+    keras_globals.set_global_attribute(_GLOBAL_SEEDS, generator)
+    keras_globals.set_global_attribute(
+        _NAMES, None if names is None else names.copy()
+    )
+    eager_context.context()._rng.setstate(seeds)
+
+
+def global_seeds(state):
+    """Returns the variables of the global seed generator, if there is one."""
+    return [] if state[0] is None else [state[0].state]
+
+
+def fixed_batch_size(model):
+    """Returns the batch size that a model was made for, or None for any.
+
+    A `Sequential` that was built by its first batch has taken over the size
+    of that, which Keras ignores and nobody wanted.
+
+    Args:
+        model: A Keras model.
+    """
+    for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
+        if tensor.shape and tensor.shape[0] is not None:
+            layer = tensor._keras_history.operation
+            given = layer._auto_config.config
+            by_data = given["batch_size"] is None and given["dtype"] is not None
+            if not (isinstance(model, keras.Sequential) and by_data):
+                return tensor.shape[0]
+    return None
+
+
+def flatten_layers(model):
+    """Returns all layers of a model, those inside of others, too."""
+    return model._flatten_layers(include_self=False)
 
 
 def predict_for_training(model, x):

@@ -92,3 +92,26 @@ def padded(data, size):
         return tf.gather(leaf, rows)
 
     return keras.tree.map_structure(pad, data)
+
+
+def batch_spec(leaf):
+    """Returns the type of a batch of any number of examples.
+
+    Args:
+        leaf: Tensor of examples, or None.
+    """
+    if leaf is None:
+        return None
+    spec = tf.type_spec_from_value(leaf)
+    if isinstance(spec, tf.TensorSpec):
+        return tf.TensorSpec([None] + spec.shape[1:], spec.dtype)
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.SparseTensorSpec([None] + spec.shape[1:], spec.dtype)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensorSpec(
+            [None] + spec.shape[1:],
+            spec.dtype,
+            spec.ragged_rank,
+            spec.row_splits_dtype,
+        )
+    return spec

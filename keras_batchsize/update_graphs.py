@@ -114,7 +114,7 @@ class UpdateGraphs:
         if self._eager:
             self._outputs = ()
             return
-        specs = keras.tree.map_structure(_batch_spec, data)
+        specs = keras.tree.map_structure(slicing.batch_spec, data)
         concrete = self._step.get_concrete_function(specs, rate)
         self._outputs = keras.tree.map_structure(
             lambda spec: tf.zeros(spec.shape, spec.dtype),
@@ -319,22 +319,3 @@ def _has_own_logs(model):
 def _constant(value):
     """Makes the same few integers into tensors only once."""
     return tf.constant(value)
-
-
-def _batch_spec(leaf):
-    """The type of a batch of any number of the examples in `leaf`."""
-    if leaf is None:
-        return None
-    spec = tf.type_spec_from_value(leaf)
-    if isinstance(spec, tf.TensorSpec):
-        return tf.TensorSpec([None] + spec.shape[1:], spec.dtype)
-    if isinstance(spec, tf.SparseTensorSpec):
-        return tf.SparseTensorSpec([None] + spec.shape[1:], spec.dtype)
-    if isinstance(spec, tf.RaggedTensorSpec):
-        return tf.RaggedTensorSpec(
-            [None] + spec.shape[1:],
-            spec.dtype,
-            spec.ragged_rank,
-            spec.row_splits_dtype,
-        )
-    return spec

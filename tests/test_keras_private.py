@@ -29,6 +29,9 @@ def changed(name, users, what="is gone or means something else"):
 
 
 IMPORTED = {
+    "keras.src.backend.common.global_state.get_global_attribute": (
+        "the probe, for global seeds and names"
+    ),
     "keras.src.losses.loss.apply_mask": "masked_weight",
     "keras.src.trainers.data_adapters.array_slicing.train_validation_split": (
         "AdaptiveTrainer.fit"
@@ -43,16 +46,20 @@ IMPORTED = {
 }
 
 ATTRIBUTES = {
+    "_auto_config": "fixed_batch_size",
     "_batch_size": "batch_size_of",
     "_call_has_training_arg": "predict_for_training",
     "_compile_loss": "output_loss_metrics",
     "_compute_loss": "compute_loss",
     "_input_dataset": "batch_size_of",
+    "_flatten_layers": "flatten_layers",
     "_inputs": "makes_batches",
+    "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
     "_momentums": "velocities",
+    "_rng": "global_state",
 }
 
 
@@ -523,3 +530,61 @@ def test_k11_progress_bar_in_callbacks_replaces_that_of_keras():
         if isinstance(one, keras.callbacks.ProgbarLogger)
     ]
     assert bars == [bar], fact("K11", "ExamplesProgbarLogger stands beside it.")
+
+
+def test_input_layer_remembers_its_arguments():
+    given = keras.Input((3,), batch_size=4)
+    sequential = keras.Sequential([keras.layers.Dense(1)])
+    sequential(np.zeros((4, 3)))
+    for tensor, batch_size, has_dtype in (
+        (given, 4, False),
+        (sequential.inputs[0], None, True),
+    ):
+        config = tensor._keras_history.operation._auto_config.config
+        assert config["batch_size"] == batch_size, user("_auto_config")
+        assert (config["dtype"] is not None) == has_dtype, user("_auto_config")
+
+
+def test_flatten_layers_goes_inside():
+    inner = keras.Sequential([keras.layers.Dense(1)])
+    outer = keras.Sequential([keras.Input((3,)), inner])
+    layers = outer._flatten_layers(include_self=False)
+    assert {inner, inner.layers[0]} <= set(layers), user("_flatten_layers")
+
+
+def test_eager_seeds_come_from_one_generator():
+    from tensorflow.python.eager import context
+
+    state = context.context()._rng.getstate()
+    first = tf.random.uniform(()).numpy()
+    context.context()._rng.setstate(state)
+    assert tf.random.uniform(()).numpy() == first, user("_rng")
+
+
+def test_names_and_global_seeds_are_global_attributes():
+    from keras_batchsize import keras_private
+
+    before = keras_private.global_state()
+    name = keras.layers.Dense(1).name
+    value = keras.ops.convert_to_numpy(keras.random.normal((2,)))
+    assert keras_private.global_seeds(before) == []
+    (seeds,) = keras_private.global_seeds(keras_private.global_state())
+    assert seeds.shape == (2,)
+    keras_private.set_global_state(before)
+    assert keras.layers.Dense(1).name == name, changed(
+        "object_name_uids", "keras_private.global_state"
+    )
+    assert keras_private.global_seeds(keras_private.global_state()) == []
+    assert value.shape == (2,)
+
+
+def test_shuffling_is_found_below_batches():
+    from keras_batchsize import keras_private
+
+    examples = tf.data.Dataset.range(6)
+    shuffled = examples.shuffle(6, seed=1).batch(2).prefetch(1)
+    mapped = examples.shuffle(6).map(lambda x: x).batch(2)
+    batches = [b.numpy().tolist() for b in keras_private.in_order(shuffled)]
+    assert batches == [[0, 1], [2, 3], [4, 5]]
+    assert keras_private.in_order(mapped) is mapped
+    assert keras_private.in_order(examples) is examples

@@ -403,3 +403,15 @@ def test_gradients_are_summed_in_float32():
     assert ours.model.weights[0].dtype == "float16"
     assert np.isfinite(ours.result).all()
     assert all(np.isfinite(one).all() for one in ours.model.get_weights())
+
+
+def test_a_single_feature():
+    # A dimension of 1 is not told from one that is not known.
+    def one_feature():
+        return keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+
+    x, y = comparing.regression()
+    make = comparing.compiled(one_feature)
+    arguments = {"policy": "measure", "measure_every": 1}
+    ours = comparing.adaptive(make, x[:, :1], y, **arguments)
+    comparing.assert_same(ours, comparing.plain(make, x[:, :1], y))

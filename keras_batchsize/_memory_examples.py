@@ -1,0 +1,173 @@
+"""A few real examples of any Keras input, repeated to batches of any size.
+
+Real ones, because indices must lie within vocabularies and types must be
+right. Of examples that differ in length the longest are taken: they decide
+what a batch costs.
+"""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+from keras_batchsize import slicing
+from keras_batchsize.superbatches import make_superbatches
+
+# Read so many. Memory does not depend on what is in them.
+_POOL = 64
+
+
+class Examples:
+    """Examples from which batches are made.
+
+    Args:
+        batch: Nested structure of tensors, as `train_step` receives it.
+        count: Number of examples in the data, infinite if not known.
+        data_bytes: Bytes of the arrays that `fit` copies, 0 for data that it
+            reads piece by piece.
+    """
+
+    def __init__(self, batch, count=math.inf, data_bytes=0):
+        self._batch = _longest_first(batch)
+        self.count = count
+        self.data_bytes = data_bytes
+        self.size = slicing.number_of_examples(self._batch)
+
+    @property
+    def one(self):
+        """A batch of one example."""
+        return slicing.examples(self._batch, 0, 1)
+
+    def few(self, size):
+        """Returns the first few of the examples.
+
+        Args:
+            size: Integer, how many at most.
+        """
+        return slicing.examples(self._batch, 0, min(size, self.size))
+
+    @property
+    def bytes_each(self):
+        """Bytes of the largest example."""
+        return sum(
+            leaf.shape.num_elements() * leaf.dtype.size
+            for leaf in tf.nest.flatten(self.one, expand_composites=True)
+            if leaf is not None and leaf.shape.num_elements() is not None
+        )
+
+    def batch(self, size):
+        """Returns a batch in which the examples repeat.
+
+        Args:
+            size: Integer, examples in it.
+        """
+        if any(
+            isinstance(leaf, tf.SparseTensor)
+            for leaf in keras.tree.flatten(self._batch)
+        ):
+            return _repeated_sparse(self._batch, size, self.size)
+        return keras.tree.map_structure(
+            lambda leaf: (
+                None
+                if leaf is None
+                else tf.gather(leaf, tf.range(size) % self.size)
+            ),
+            self._batch,
+        )
+
+
+def _repeated_sparse(batch, size, available):
+    times = math.ceil(size / available)
+
+    def repeat(leaf):
+        if leaf is None:
+            return None
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.sparse.concat(0, [leaf] * times)
+        return tf.concat([leaf] * times, 0)
+
+    return slicing.examples(
+        keras.tree.map_structure(repeat, batch), 0, size
+    )
+
+
+def _longest_first(batch):
+    """Keeps the longest example only, where lengths differ."""
+    ragged = [
+        leaf
+        for leaf in keras.tree.flatten(batch)
+        if isinstance(leaf, tf.RaggedTensor)
+    ]
+    if not ragged:
+        return batch
+    lengths = tf.add_n([tf.cast(one.row_lengths(), tf.int64) for one in ragged])
+    return slicing.examples(batch, tf.argmax(lengths, output_type=tf.int32), 1)
+
+
+def read_examples(model, x, y=None, sample_weight=None):
+    """Reads a few examples of the data without disturbing them.
+
+    Args:
+        model: A compiled Keras model.
+        x: As in `Model.fit`.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+
+    Returns:
+        An `Examples`.
+
+    Raises:
+        ValueError: If the data can be read only once, or are empty.
+    """
+    _check_readable_twice(x)
+    is_dataset = isinstance(x, tf.data.Dataset)
+    superbatches = make_superbatches(
+        model,
+        keras_private.in_order(x) if is_dataset else x,
+        y,
+        sample_weight,
+        batch_size=_POOL,
+        superbatch_size=_POOL,
+        shuffle=False,
+    )
+    first = next(iter(superbatches.get_tf_dataset().take(1)), None)
+    if first is None:
+        raise ValueError(
+            "The data must hold examples: a training step is run on them. "
+            f"Received: x of type {type(x).__name__} that gives none. Pass "
+            "the data that you train on."
+        )
+    count = superbatches.examples_per_epoch
+    examples = Examples(
+        slicing.without_optionals(first),
+        math.inf if count is None else count,
+    )
+    if not is_dataset and superbatches.num_batches is not None:
+        examples.data_bytes = _bytes_of_arrays((x, y, sample_weight))
+    return examples
+
+
+def _check_readable_twice(x):
+    if isinstance(x, (keras.utils.PyDataset, tf.data.Dataset)):
+        return
+    try:
+        once = iter(x) is x
+    except TypeError:
+        return  # Not iterable: whoever reads it knows more about it.
+    if once:
+        raise ValueError(
+            "`x` must be data that can be read more than once: what a probe "
+            "reads would be missing in the training that follows. Received: "
+            f"x of type {type(x).__name__}. Pass arrays, a `tf.data.Dataset` "
+            "or a `PyDataset`; or the first batch: "
+            "kb.find_max_batch_size(model, *next(x))."
+        )
+
+
+def _bytes_of_arrays(data):
+    return sum(
+        int(getattr(leaf, "nbytes", 0))
+        for leaf in keras.tree.flatten(data)
+        if leaf is not None and not callable(getattr(leaf, "nbytes", 0))
+    )

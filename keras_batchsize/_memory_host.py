@@ -1,0 +1,95 @@
+"""What the operating system says about memory, in bytes.
+
+Linux tells through /proc and the control group, other systems little. What
+cannot be told is None.
+"""
+
+import ctypes
+import gc
+import pathlib
+import re
+import sys
+
+_STATUS = pathlib.Path("/proc/self/status")
+_CLEAR = pathlib.Path("/proc/self/clear_refs")
+_MEMINFO = pathlib.Path("/proc/meminfo")
+# Control groups, version 2 and 1: (limit, usage).
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def _read(path):
+    try:
+        return pathlib.Path(path).read_text(encoding="ascii")
+    except OSError:
+        return ""
+
+
+def _kilobytes(name, text):
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def resident_bytes():
+    """Returns the memory of the process, or None."""
+    return _kilobytes("VmRSS", _read(_STATUS))
+
+
+def peak_bytes():
+    """Returns the largest memory of the process, or None.
+
+    Since the last `reset_peak`, or since the process began where that does
+    not work: then too large, never too small.
+    """
+    peak = _kilobytes("VmHWM", _read(_STATUS))
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows.
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak():
+    """Lets `peak_bytes` count from now, as far as the system can."""
+    gc.collect()
+    try:
+        # Gives freed memory back, or the next peak would hide in it.
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # Another C library.
+    try:
+        _CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        pass  # Another system, or a container that forbids it.
+
+
+def available_bytes():
+    """Returns the memory that the process may still take, or None."""
+    found = [_kilobytes("MemAvailable", _read(_MEMINFO))]
+    for limit, usage in _GROUPS:
+        limit, usage = _read(limit).strip(), _read(usage).strip()
+        if limit.isdigit() and usage.isdigit():
+            found.append(int(limit) - int(usage))
+    found.append(_address_space())
+    known = [max(one, 0) for one in found if one is not None]
+    return min(known, default=None)
+
+
+def _address_space():
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = _kilobytes("VmSize", _read(_STATUS))
+    if soft == resource.RLIM_INFINITY or used is None:
+        return None
+    return soft - used

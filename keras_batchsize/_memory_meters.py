@@ -1,0 +1,239 @@
+"""Meters: how much memory a step took, and how much there is.
+
+One interface, `Meter`. A device whose allocator keeps statistics is read
+exactly: every GPU, and the CPU with `TF_CPU_ALLOCATOR_USE_BFC=true`. Else the
+peak of the process is read, and else memory cannot be measured, which the
+profile says.
+"""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from keras_batchsize import _memory_host
+
+MEMORY, HOST_MEMORY = "memory", "host memory"
+# Of the memory that the host has free a trial may take this share: there,
+# running out means that the system ends the process.
+HOST_SHARE = 0.5
+
+
+class Meter:
+    """Measures the memory of one kind of device.
+
+    Attributes:
+        device: Name of what is measured.
+        name: How, in a few words.
+        reserve: Share of the limit that is lost to fragmentation.
+        counts_first_call: Whether the peak of a first call tells of the
+            step, and not of tracing or compiling.
+        holds_data: Whether the whole data of `fit` lie on the device, too.
+    """
+
+    device = ""
+    name = ""
+    reserve = 0.0
+    counts_first_call = True
+    holds_data = False
+
+    def limit(self):
+        """Returns the bytes that there are for steps, or None, and whose."""
+        return None, MEMORY
+
+    def reset(self, resident_bytes):
+        """Starts a new peak.
+
+        Args:
+            resident_bytes: Bytes of the variables, for meters that cannot
+                tell them from the rest of the process.
+        """
+
+    def peak(self):
+        """Returns the largest number of bytes in use since `reset`, or None."""
+        return None
+
+    def current(self):
+        """Returns the bytes in use now, or None."""
+        return None
+
+
+class Unmeasured(Meter):
+    """Knows nothing, and says so."""
+
+    def __init__(self, device):
+        self.device = device
+        self.name = "this system tells neither allocator nor process memory"
+
+
+class AllocatorMeter(Meter):
+    """Reads the statistics of TensorFlow's allocators.
+
+    Of several devices the fullest counts, against the smallest limit.
+
+    Args:
+        devices: List of names such as "GPU:0".
+    """
+
+    # A step was seen to fail from 84 % on (CNN, Transformer; one region of
+    # 400 MB): free memory lies in pieces.
+    reserve = 0.13
+
+    def __init__(self, devices):
+        self._devices = devices
+        self.device = ", ".join(devices)
+        self.name = "allocator statistics"
+        self.holds_data = devices[0].startswith("CPU")
+
+    def limit(self):
+        """Returns the smallest limit of the devices, and whose it is."""
+        known = [allocator_limit(device) for device in self._devices]
+        known = [one for one in known if one[0] is not None]
+        return min(known, default=(None, MEMORY))
+
+    def reset(self, resident_bytes):
+        """Starts a new peak on all devices."""
+        for device in self._devices:
+            tf.config.experimental.reset_memory_stats(device)
+
+    def _most(self, key):
+        return max(
+            tf.config.experimental.get_memory_info(device)[key]
+            for device in self._devices
+        )
+
+    def peak(self):
+        """Returns the peak of the fullest device."""
+        return self._most("peak")
+
+    def current(self):
+        """Returns the bytes in use on the fullest device."""
+        return self._most("current")
+
+
+class HostMeter(Meter):
+    """Reads how far the memory of the process rose above where it was.
+
+    What the process held before is replaced by the bytes of the variables, so
+    that the numbers compare with those of an allocator.
+    """
+
+    counts_first_call = False
+    holds_data = True
+
+    def __init__(self):
+        self.device = "CPU:0"
+        self.name = "peak of the process's resident memory"
+        self._before = 0
+        self._resident = 0
+
+    def limit(self):
+        """Returns what is free now and may be used, variables included."""
+        free = _memory_host.available_bytes()
+        if free is None:
+            return None, HOST_MEMORY
+        return self._resident + HOST_SHARE * free, HOST_MEMORY
+
+    def reset(self, resident_bytes):
+        """Starts a new peak."""
+        _memory_host.reset_peak()
+        self._resident = resident_bytes
+        self._before = _memory_host.resident_bytes() or 0
+
+    def peak(self):
+        """Returns the rise of the process's memory, above the variables."""
+        rise = _memory_host.peak_bytes() - self._before
+        return self._resident + max(rise, 0)
+
+    def current(self):
+        """Returns the bytes of the variables."""
+        return self._resident
+
+
+def devices_of(model):
+    """Returns the names of the devices that a model trains on.
+
+    Args:
+        model: A Keras model.
+    """
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync > 1:
+        names = strategy.extended.worker_devices
+        specs = [tf.DeviceSpec.from_string(name) for name in names]
+        return [f"{one.device_type}:{one.device_index}" for one in specs]
+    gpus = tf.config.list_logical_devices("GPU")
+    return ["GPU:0"] if gpus else ["CPU:0"]
+
+
+def meter_for(model):
+    """Returns the best meter that there is for a model.
+
+    Args:
+        model: A Keras model.
+    """
+    devices = devices_of(model)
+    if _keeps_statistics(devices):
+        return AllocatorMeter(devices)
+    if devices[0].startswith("CPU") and _memory_host.peak_bytes() is not None:
+        return HostMeter()
+    return Unmeasured(devices[0])
+
+
+def _keeps_statistics(devices):
+    try:
+        for device in devices:
+            with tf.device(device):
+                # Large: oneDNN's allocator does not count small ones.
+                held = tf.identity(np.zeros(2**18, "float32"))
+            info = tf.config.experimental.get_memory_info(device)
+            del held
+            # oneDNN with the system's allocator answers, but with zeros.
+            if not info["peak"]:
+                return False
+    except ValueError:  # "Allocator stats not available".
+        return False
+    return True
+
+
+def allocator_limit(device):
+    """Returns the bytes that an allocator may hand out, or None, and whose.
+
+    Args:
+        device: Name such as "GPU:0".
+    """
+    kind, _, index = device.partition(":")
+    if kind != "CPU":
+        limit = _configured_limit(kind, int(index))
+        return limit if limit is not None else _session_limit(device), MEMORY
+    found = [(None, MEMORY)]
+    given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
+    if given.isdigit():
+        found.append((int(given) * 2**20, MEMORY))
+    free = _memory_host.available_bytes()
+    if free is not None:
+        used = tf.config.experimental.get_memory_info(device)["current"]
+        found.append((HOST_SHARE * free + used, HOST_MEMORY))
+    return min(found[1:], default=found[0])
+
+
+def _configured_limit(kind, index):
+    """The limit that the user gave to a logical device."""
+    position = index
+    for physical in tf.config.list_physical_devices(kind):
+        configured = tf.config.get_logical_device_configuration(physical)
+        configured = configured or [None]
+        if position < len(configured):
+            chosen = configured[position]
+            limit = getattr(chosen, "memory_limit", None)
+            return None if limit is None else int(limit * 2**20)
+        position -= len(configured)
+    return None
+
+
+def _session_limit(device):
+    """The only place where TensorFlow tells what an allocator was given."""
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        for found in session.list_devices():
+            if found.name.endswith(device):
+                return int(found.memory_limit_bytes)
+    return None

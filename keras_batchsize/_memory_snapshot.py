@@ -1,0 +1,67 @@
+"""Everything that a probe changes, to be put back bit for bit.
+
+Not only weights: statistics, seeds, metrics, slots, Keras's global seeds and
+name counters, and the random states of Python, NumPy and TensorFlow, from which
+Keras draws seeds. What cannot be put back is what lies outside: counters in a
+custom `train_step`, tables, the position of iterators.
+"""
+
+import random
+
+import numpy as np
+
+from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
+
+
+class Snapshot:
+    """The state of a model and of the random generators around it.
+
+    To be taken before the training step is traced; `add_variables` after, as
+    tracing makes the optimizer's variables.
+
+    Args:
+        model: A compiled Keras model whose layers are built.
+    """
+
+    def __init__(self, model):
+        self._model = model
+        self._random = random.getstate()
+        self._numpy = np.random.get_state()
+        self._keras = keras_private.global_state()
+        self._values = []
+        self._known = set()
+
+    def add_variables(self):
+        """Copies the values of all variables that there are, to the host."""
+        variables = exhaustion.variables_of(self._model)
+        variables += keras_private.global_seeds(self._keras)
+        for variable in variables:
+            if id(variable) not in self._known:
+                self._known.add(id(variable))
+                self._values += [
+                    (component, np.array(component.numpy(), copy=True))
+                    for component in exhaustion.components(variable)
+                ]
+
+    @property
+    def variables(self):
+        """The variables of the model, as they are now."""
+        return exhaustion.variables_of(self._model)
+
+    def restore_values(self):
+        """Puts the values of the variables back."""
+        if any(
+            id(one) not in self._known for one in self._model.metrics_variables
+        ):
+            # Made by an eager step: new ones start from zero.
+            self._model.reset_metrics()
+        for component, value in self._values:
+            component.assign(value)
+
+    def restore(self):
+        """Puts everything back."""
+        self.restore_values()
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
+        keras_private.set_global_state(self._keras)

@@ -1,0 +1,234 @@
+"""The real training step, run at any batch size.
+
+Not a copy of it: `update_graphs`, which training goes through, makes updates
+and accumulates gradients; the model's own `test_step` validates.
+"""
+
+import functools
+import time
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import exactness
+from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
+from keras_batchsize import learning_rate
+from keras_batchsize import slicing
+from keras_batchsize._memory_snapshot import Snapshot
+from keras_batchsize.update_graphs import UpdateGraphs
+
+# Batches that `fit` holds at a time: the one in use and those read ahead. So
+# many updates a call makes, too, while they are short.
+BATCHES_HELD = 4
+_SHORT_SECONDS = 0.05
+# Timed calls at one size, after the first.
+CALLS = 3
+_PATIENCE_SECONDS = 6.0
+
+
+class Workload:
+    """Runs the step of a model on repeated examples, and puts it back.
+
+    Args:
+        model: A compiled Keras model.
+        examples: An `Examples`.
+        meter: A `Meter`.
+    """
+
+    def __init__(self, model, examples, meter):
+        self._model = model
+        self._examples = examples
+        self._meter = meter
+        self._graphs = None
+        self._snapshot = None
+        self._validate = None
+
+    def __enter__(self):
+        build_layers(self._model, self._examples.one)
+        self._snapshot = Snapshot(self._model)
+        try:
+            self._trace()
+        except BaseException:
+            self._snapshot.restore()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self._graphs = self._validate = None
+        self._snapshot.restore()
+
+    def _trace(self):
+        model, splits = self._model, True
+        try:
+            exactness.check_step(model)
+            self._graphs = UpdateGraphs(model, 1, True)
+        except ValueError:
+            # Its gradients are never accumulated, then.
+            splits = False
+            self._graphs = UpdateGraphs(model, 1, False)
+        self._graphs.build(self._examples.one)
+        if not model.optimizer.built:
+            # An eager step makes them when it runs.
+            with keras.name_scope(
+                model.optimizer.name, caller=model.optimizer
+            ):
+                model.optimizer.build(model.trainable_variables)
+        self._snapshot.add_variables()
+        self.accumulates = splits and self._can_be_split()
+        self._validate = self._validation_step()
+
+    def _can_be_split(self):
+        try:
+            exactness.check_loss(
+                self._model, self._graphs.normaliser, self._examples.few(8)
+            )
+        except ValueError:
+            return False
+        return True
+
+    def _validation_step(self):
+        model = self._model
+        if model.run_eagerly:
+            return model.test_step
+        return tf.function(
+            model.test_step,
+            jit_compile=model.jit_compile,
+            reduce_retracing=not model.jit_compile,
+            autograph=False,
+        )
+
+    @property
+    def compiles(self):
+        """Whether XLA compiles the step."""
+        return self._graphs.compiles
+
+    @property
+    def resident_bytes(self):
+        """Bytes of weights, slots and whatever else stays between steps."""
+        return exhaustion.bytes_of(self._snapshot.variables)
+
+    def restore_values(self):
+        """Puts the model's values back; the probe goes on."""
+        self._snapshot.restore_values()
+
+    def train(self, size):
+        """Makes updates at a size.
+
+        Args:
+            size: Integer, examples per update.
+
+        Returns:
+            Pair of the peak in bytes, or None, and the seconds of an update.
+
+        Raises:
+            Exception: Whatever the step raises, also out-of-memory errors.
+        """
+        meter = self._meter
+        meter.reset(self.resident_bytes)
+        data = self._examples.batch(BATCHES_HELD * size)
+        first = self._timed(self._plain, data, size, 1)
+        if not meter.counts_first_call:
+            meter.reset(self.resident_bytes)
+            # What lies in memory already does not show in the rise.
+            data = self._examples.batch(BATCHES_HELD * size)
+        seconds, began = [], time.perf_counter()
+        for _ in range(CALLS):
+            shortest = min(seconds, default=first)
+            updates = BATCHES_HELD if shortest < _SHORT_SECONDS else 1
+            if self.compiles:
+                updates = 1  # Another number would be another graph.
+            seconds.append(
+                self._timed(self._plain, data, size, updates) / updates
+            )
+            if time.perf_counter() - began > _PATIENCE_SECONDS:
+                break
+        return meter.peak(), min(seconds)
+
+    def _timed(self, function, *args):
+        started = time.perf_counter()
+        function(*args)
+        return time.perf_counter() - started
+
+    def _held(self):
+        """Holds values that XLA would otherwise take apart, see `exhaustion`.
+
+        Anew for each call: what a call made has only one owner again.
+        """
+        if not self.compiles:
+            return None
+        return exhaustion.HeldValues(self._snapshot.variables)
+
+    def _rate(self):
+        step = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
+        return learning_rate.rate_in_force(1.0, 1.0, step, 0)
+
+    def _plain(self, data, size, updates):
+        held = self._held()
+        logs, _ = self._graphs.plain(
+            data, 0, updates * size, size, self._rate()
+        )
+        _wait_for(logs)
+        del held
+
+    def also(self, size, tail=0):
+        """Runs what training does besides plain updates.
+
+        Accumulates gradients over two micro-batches, trains on the ragged
+        last batch of an epoch, and validates.
+
+        Args:
+            size: Integer, examples per update.
+            tail: Integer, examples in the last batch of an epoch, or 0.
+
+        Returns:
+            The peak in bytes, or None.
+        """
+        meter = self._meter
+        meter.reset(self.resident_bytes)
+        data = self._examples.batch(BATCHES_HELD * size)
+        held = self._held()
+        if tail:
+            _wait_for(self._graphs.plain(data, 0, tail, size, self._rate())[0])
+        if self.accumulates:
+            held = self._held()
+            logs, *_ = self._graphs.accumulate(
+                self._graphs.zeros(),
+                data,
+                2 * size,
+                (2 * size, size),
+                True,
+                self._rate(),
+            )
+            _wait_for(logs)
+        held = self._held()
+        _wait_for(self._validate(slicing.examples(data, 0, size)))
+        del held
+        return meter.peak()
+
+
+def _wait_for(logs):
+    """Waits until the device has computed a result."""
+    for value in keras.tree.flatten(logs):
+        keras.ops.convert_to_numpy(value)
+
+
+def build_layers(model, example):
+    """Builds what `fit` would build when it traces its first step.
+
+    Before anything is snapshot: initializers draw seeds while they are made,
+    and `fit`, which then finds the layers built, draws none.
+
+    Args:
+        model: A Keras model.
+        example: A batch of one example.
+    """
+    if all(layer.built for layer in keras_private.flatten_layers(model)):
+        return
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(example)
+    call = functools.partial(model, training=False)
+    if model.run_eagerly:
+        call(x)
+        return
+    spec = keras.tree.map_structure(slicing.batch_spec, x)
+    tf.function(call, autograph=False).get_concrete_function(spec)

@@ -1,0 +1,253 @@
+"""What a probe found: memory and speed over the batch sizes that it ran.
+
+- Here: the records, what follows from them, the file.
+- `_batch_profile_text.py`: the same as a table.
+- `_batch_profile_plot.py`: the same as a figure; imported only when plotting.
+
+Nothing here measures: `memory.py` hands in what it saw.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+
+from keras_batchsize import _batch_profile_text
+from keras_batchsize import throughput
+
+__all__ = ["BatchProfile", "ProfileRow"]
+
+FORMAT = "keras_batchsize.batch_profile"
+VERSION = 1
+# Share of the best throughput at which a larger batch stops paying.
+SATURATION = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileRow:
+    """One batch size that was run.
+
+    Attributes:
+        batch_size: Examples per update, over all replicas.
+        peak_bytes: Largest memory in use on one device, None if it could not
+            be measured.
+        predicted_bytes: What the trials before it let expect; None for the
+            first ones.
+        step_seconds: Seconds of an update; None if it ran out of memory.
+        fits: Whether it ran and stayed within the margin.
+        note: Why it does not fit, "" if it does.
+    """
+
+    batch_size: int
+    peak_bytes: int | None
+    predicted_bytes: int | None
+    step_seconds: float | None
+    fits: bool
+    note: str = ""
+
+    @property
+    def examples_per_second(self):
+        """Throughput; NaN if no update was completed."""
+        if not self.step_seconds:
+            return math.nan
+        return self.batch_size / self.step_seconds
+
+
+@dataclasses.dataclass
+class BatchProfile:
+    """Memory and speed of a model's training step over the batch size.
+
+    Attributes:
+        rows: List of `ProfileRow`, in increasing order of the batch size.
+        max_batch_size: Largest size that was run and stayed within the
+            margin, in examples.
+        reason: What kept it from being larger: "memory", "dataset",
+            "maximum", "time", "host memory" or "trials".
+        memory_limit: Bytes of the device that count as all of it; None if
+            not known.
+        usable_bytes: Bytes that a peak may reach: the limit without the
+            margins. None if not known.
+        resident_bytes: Bytes in use between steps; None if not known.
+        dtype_policy: Name of the model's dtype policy, or several, joined.
+        device: What was measured, say "GPU:0".
+        measured_by: How memory was measured.
+        replicas: Number of replicas that share a batch.
+        jit_compile: Whether XLA compiled the step.
+        seconds: Seconds that the probe took.
+        notes: List of sentences that a reader must know.
+    """
+
+    rows: list
+    max_batch_size: int
+    reason: str
+    memory_limit: int | None = None
+    usable_bytes: int | None = None
+    resident_bytes: int | None = None
+    dtype_policy: str = ""
+    device: str = ""
+    measured_by: str = ""
+    replicas: int = 1
+    jit_compile: bool = False
+    seconds: float = 0.0
+    notes: list = dataclasses.field(default_factory=list)
+
+    @property
+    def step_time(self):
+        """The fitted `StepTime` T(B) = fixed + per_example·B, in seconds."""
+        timed = [row for row in self.rows if row.step_seconds and row.fits]
+        return throughput.fit_step_time(
+            [row.batch_size for row in timed],
+            [row.step_seconds for row in timed],
+            largest=self.max_batch_size,
+        )
+
+    @property
+    def saturation_batch_size(self):
+        """Smallest size with 95 % of the best throughput, in examples.
+
+        By the fitted step-time model, among the sizes that fit; the rest of a
+        batch beyond it costs memory and buys next to no speed.
+        """
+        size = throughput.saturation_batch_size(self.step_time, SATURATION)
+        smallest = min(self.rows[0].batch_size, self.max_batch_size)
+        if not math.isfinite(size):
+            return self.max_batch_size
+        return min(max(math.ceil(size), smallest), self.max_batch_size)
+
+    @property
+    def best_examples_per_second(self):
+        """Largest throughput that was measured, NaN if none was."""
+        speeds = [row.examples_per_second for row in self.rows if row.fits]
+        return max(speeds, default=math.nan)
+
+    @property
+    def bytes_per_example(self):
+        """Bytes by which the peak grows with each example, NaN if unknown."""
+        return self.memory_line()[1]
+
+    def memory_line(self):
+        """Fits peak bytes = a + b·B to the two largest sizes that ran.
+
+        Small sizes are left out: workspaces of a fixed size hide what an
+        example takes.
+
+        Returns:
+            Pair (a, b) of floats, NaN if fewer than two sizes were measured.
+        """
+        known = [row for row in self.rows if row.peak_bytes]
+        if len(known) < 2:
+            return math.nan, math.nan
+        high = known[-1]
+        low = next(
+            (r for r in known[-2::-1] if r.batch_size < high.batch_size / 1.2),
+            known[0],
+        )
+        slope = (high.peak_bytes - low.peak_bytes) / (
+            high.batch_size - low.batch_size
+        )
+        return high.peak_bytes - slope * high.batch_size, slope
+
+    @property
+    def estimated_batch_size(self):
+        """Where memory would end by the straight line; never run.
+
+        Differs from `max_batch_size` when the data, the time or the argument
+        `maximum` ended the search. NaN where it cannot be told.
+        """
+        constant, slope = self.memory_line()
+        if self.usable_bytes is None or not slope > 0.0:
+            return math.nan
+        return max(
+            (self.usable_bytes - constant) // slope, self.max_batch_size
+        )
+
+    def summary(self, print_fn=None):
+        """Prints the profile as a table.
+
+        Args:
+            print_fn: Function of a string, called once per line; None for
+                the standard output.
+        """
+        _batch_profile_text.show(self, print_fn)
+
+    def __str__(self):
+        return "\n".join(_batch_profile_text.lines(self))
+
+    def plot(self, to_file=None):
+        """Draws memory and throughput against the batch size.
+
+        Args:
+            to_file: Path of a picture to write, or None.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            module = importlib.import_module(
+                "keras_batchsize._batch_profile_plot"
+            )
+        except ImportError as error:
+            raise ImportError(
+                "`plot` needs matplotlib, which is optional. Received: "
+                f"{error}. Install it: pip install matplotlib."
+            ) from error
+        figure = module.draw(self)
+        if to_file is not None:
+            figure.savefig(to_file)
+        return figure
+
+    def to_dict(self):
+        """Returns the profile as plain JSON types."""
+        return {"format": FORMAT, "version": VERSION} | {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name != "rows"
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data):
+        """Makes a profile of what `to_dict` returned.
+
+        Args:
+            data: Dict.
+
+        Raises:
+            ValueError: If it is not that of a profile.
+        """
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise ValueError(
+                "`data` must be the dict of a profile of this version. "
+                f"Received: format={data.get('format')!r}, "
+                f"version={data.get('version')!r}. Pass what "
+                "BatchProfile.to_dict returned, or probe anew."
+            )
+        fields = {
+            key: value
+            for key, value in data.items()
+            if key not in ("format", "version", "rows")
+        }
+        return cls(rows=[ProfileRow(**row) for row in data["rows"]], **fields)
+
+    def save(self, path):
+        """Writes the profile as JSON.
+
+        Args:
+            path: Path of the file; folders are made.
+        """
+        path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path):
+        """Reads what `save` wrote."""
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        return cls.from_dict(json.loads(text))

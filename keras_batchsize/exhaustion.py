@@ -1,0 +1,100 @@
+"""Running out of memory: how it looks, and how not to be hurt by it.
+
+A step that fails half-way leaves its mark: statistics, seeds, the optimizer's
+counter, perhaps some weights are already new. And where XLA compiled it, worse:
+the buffers of variables are given to XLA for its results, freed when it fails,
+and still belong to the variables. The next step computes NaN, the one after
+that ends the process. A buffer that somebody else holds, too, is not given
+away. So: hold the values while a step may fail, and assign them back.
+"""
+
+import math
+import re
+
+import tensorflow as tf
+
+# What devices say in errors of other classes than ResourceExhaustedError.
+_TEXTS = re.compile(
+    "out of memory|CUDA_ERROR_OUT_OF_MEMORY|RESOURCE_EXHAUSTED"
+    "|failed to allocate|No algorithm worked|CUBLAS_STATUS_ALLOC_FAILED"
+    "|CUDNN_STATUS_ALLOC_FAILED|Failed to load in-memory CUBIN",
+    re.IGNORECASE,
+)
+_CLASSES = (
+    tf.errors.InternalError,
+    tf.errors.NotFoundError,
+    tf.errors.UnknownError,
+)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device or the host is out of memory.
+
+    Args:
+        error: An exception.
+    """
+    if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
+        return True
+    return isinstance(error, _CLASSES) and bool(_TEXTS.search(str(error)))
+
+
+def components(variable):
+    """Returns the variables of the replicas, or the one that there is.
+
+    Under a strategy they may differ (statistics of BatchNorm, metrics), so
+    that assigning to all what one of them held would be no restoring.
+
+    Args:
+        variable: A Keras variable.
+
+    Returns:
+        List of TensorFlow variables.
+    """
+    value = variable.value
+    if isinstance(value, tf.distribute.DistributedValues):
+        return list(value.values)
+    return [value]
+
+
+def variables_of(model):
+    """Returns all variables that training changes, each once.
+
+    Args:
+        model: A compiled Keras model.
+
+    Returns:
+        List of Keras variables: weights, statistics, seeds, metrics, slots.
+    """
+    optimizer = model.optimizer.variables if model.optimizer else []
+    everything = [*model.variables, *model.metrics_variables, *optimizer]
+    return list({id(one): one for one in everything}.values())
+
+
+def bytes_of(variables):
+    """Returns the bytes of variables on one replica."""
+    return sum(
+        math.prod(one.shape) * tf.as_dtype(one.dtype).size for one in variables
+    )
+
+
+class HeldValues:
+    """The values of variables, held on the device that they are on.
+
+    Holding costs nothing until a variable changes: only then its value is
+    copied, instead of overwritten.
+
+    Args:
+        variables: Sequence of Keras variables.
+    """
+
+    def __init__(self, variables):
+        self._held = [
+            (component, component.read_value())
+            for variable in variables
+            for component in components(variable)
+        ]
+
+    def put_back(self):
+        """Assigns the values that the variables had."""
+        for component, value in self._held:
+            component.assign(value)

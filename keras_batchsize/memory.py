@@ -1,0 +1,393 @@
+"""The probe: how much memory and time a training step takes, by running it.
+
+Separation of concerns:
+
+- Here: what a caller may ask for, and the course of a probe.
+- `size_search.py`: which size is tried next. Pure.
+- `_memory_meters.py`, `_memory_host.py`: how memory is read.
+- `_memory_workload.py`: the step, the same that training takes.
+- `_memory_snapshot.py`: everything is put back, bit for bit.
+- `_memory_examples.py`: a few examples of any input.
+- `batch_profile.py`: the result.
+"""
+
+import gc
+import math
+import time
+
+import keras
+
+from keras_batchsize import _checks
+from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
+from keras_batchsize import requirements
+from keras_batchsize import size_search
+from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_meters import meter_for
+from keras_batchsize._memory_workload import Workload
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
+from keras_batchsize.size_search import Bounds
+from keras_batchsize.size_search import Trial
+
+__all__ = ["find_max_batch_size"]
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Limits:
+    """What a caller allows, checked.
+
+    Args:
+        start: Smallest size to try, in examples.
+        maximum: Largest size to try, or None.
+        memory_limit: Bytes of the device, or None for all there are.
+        safety_margin: Share of the limit that stays free.
+        time_budget: Seconds.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        start=1,
+        maximum=None,
+        memory_limit=None,
+        safety_margin=0.05,
+        time_budget=60.0,
+    ):
+        why = "it counts examples"
+        self.start = _checks.positive_int("start", start, why, "Use start=1.")
+        self.maximum = math.inf
+        if maximum is not None:
+            self.maximum = _checks.positive_int(
+                "maximum", maximum, why, "Use maximum=None for no bound."
+            )
+        if self.start > self.maximum:
+            raise ValueError(
+                "`start` must not be larger than `maximum`: sizes are tried "
+                f"from below. Received: start={start}, maximum={maximum}. Use "
+                f"start={min(start, maximum)}."
+            )
+        self.memory_limit = memory_limit
+        if memory_limit is not None:
+            self.memory_limit = _checks.positive_int(
+                "memory_limit",
+                memory_limit,
+                "it is the memory of the device in bytes",
+                "Use memory_limit=4 * 2**30 for 4 GiB, or None for all.",
+            )
+        self.safety_margin = _open_share(safety_margin)
+        self.time_budget = _checks.real(
+            "time_budget",
+            time_budget,
+            0.0,
+            math.inf,
+            "it is the time for trials in seconds",
+            "Use time_budget=60.",
+        )
+
+
+def _open_share(safety_margin):
+    remedy = "Use safety_margin=0.05."
+    why = "it is the share of the memory that stays free"
+    share = _checks.real("safety_margin", safety_margin, 0.0, 1.0, why, remedy)
+    if share in (0.0, 1.0):
+        raise ValueError(
+            "`safety_margin` must lie between 0 and 1, both excluded: "
+            f"{why}, and peaks of equal steps differ. Received: "
+            f"safety_margin={safety_margin}. {remedy}"
+        )
+    return share
+
+
+def find_max_batch_size(
+    model,
+    x,
+    y=None,
+    sample_weight=None,
+    start=1,
+    maximum=None,
+    memory_limit=None,
+    safety_margin=0.05,
+    time_budget=60.0,
+):
+    """Finds the largest batch size that fits memory, and how fast sizes are.
+
+    The training step itself is run, under the dtype policy, the optimizer and
+    the XLA setting that the model has: updates, accumulation of gradients, the
+    ragged last batch, validation. Sizes are tried from below, in a few large
+    steps; the size that is returned was run and stayed within the margin. The
+    model, its optimizer, metrics, names and all random states are afterwards
+    bit for bit as before, also after an error or Ctrl-C.
+
+    ```python
+    profile = kb.find_max_batch_size(model, x, y)
+    profile.summary()
+    model.fit(x, y, batch_size=profile.saturation_batch_size)
+    ```
+
+    Args:
+        model: A compiled Keras model.
+        x: As in `Model.fit`; of any kind that can be read more than once.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+        start: First size to try, in examples. Smaller ones are tried only if
+            it does not fit.
+        maximum: Largest size to try, in examples. None for the number of
+            examples in the data.
+        memory_limit: Bytes that the device has. None for what the allocator
+            may hand out, on a CPU half of what the host has free.
+        safety_margin: Share of the limit that stays free, in (0, 1). What an
+            allocator loses to fragmentation is left free besides.
+        time_budget: Seconds after which no further size is tried.
+
+    Returns:
+        A `BatchProfile`.
+
+    Raises:
+        TypeError: If an argument is of another kind.
+        ValueError: If an argument has an impossible value, the model cannot
+            be probed, or not even the smallest batch fits.
+    """
+    limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
+    check_probed(model)
+    examples = read_examples(model, x, y, sample_weight)
+    return probe(model, examples, limits)
+
+
+def check_probed(model):
+    """Raises if a model cannot be run at any batch size.
+
+    Args:
+        model: What the user passed as the model.
+
+    Raises:
+        TypeError: If it is not a Keras model.
+        ValueError: If it is not compiled, or only takes one batch size.
+    """
+    requirements.check_model(model)
+    fixed = keras_private.fixed_batch_size(model)
+    if fixed is not None:
+        raise ValueError(
+            "The model must take any batch size: others are tried. Received: "
+            f"an input with batch_size={fixed}. Use keras.Input(shape) "
+            "without `batch_size`."
+        )
+    for layer in keras_private.flatten_layers(model):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                "The model must not be stateful: its states are of one batch "
+                "size. Received: layer "
+                f"{layer.name!r} with stateful=True. Use stateful=False."
+            )
+
+
+def probe(model, examples, limits, meter=None):
+    """Runs the search and returns what was found.
+
+    Args:
+        model: A compiled Keras model that `check_probed` lets pass.
+        examples: An `Examples`.
+        limits: A `Limits`.
+        meter: A `Meter`; None for the best there is.
+
+    Returns:
+        A `BatchProfile`.
+    """
+    meter = meter_for(model) if meter is None else meter
+    with Workload(model, examples, meter) as workload:
+        return _Probe(workload, examples, limits, meter, model).run()
+
+
+class _Probe:
+    """The course of one probe."""
+
+    def __init__(self, workload, examples, limits, meter, model):
+        self._workload = workload
+        self._examples = examples
+        self._meter = meter
+        self._model = model
+        self._limits = limits
+        self._started = time.perf_counter()
+        self._trials = []
+        self._predicted = {}
+        self._notes = []
+        # Others may hold memory on the device, too.
+        self._resident = max(
+            float(workload.resident_bytes), float(meter.current() or 0)
+        )
+        self._limit, self._usable, self._reason = self._budget()
+        self._hard = self._usable
+        if self._usable is not None:
+            # Half-way between the margin and the limit.
+            data = examples.data_bytes if meter.holds_data else 0
+            self._hard = (self._usable + self._limit - data) / 2.0
+        self._bounds = self._make_bounds()
+
+    def _budget(self):
+        """Returns the limit, what of it may be used, and what it is."""
+        meter, given = self._meter, self._limits.memory_limit
+        meter.reset(self._resident)
+        if meter.peak() is None:
+            return given, None, size_search.MEMORY
+        own, reason = meter.limit()
+        if given is not None and (own is None or given <= own):
+            own, reason = given, size_search.MEMORY
+        if own is None:
+            return None, None, size_search.MEMORY
+        usable = own * (1.0 - self._limits.safety_margin)
+        usable *= 1.0 - meter.reserve
+        data = self._examples.data_bytes if meter.holds_data else 0
+        return own, usable - data, reason
+
+    def _make_bounds(self):
+        replicas = self._model.distribute_strategy.num_replicas_in_sync
+        cap, reason = self._limits.maximum, "maximum"
+        if self._examples.count < cap:
+            cap, reason = self._examples.count, "dataset"
+        cap = max(cap // replicas * replicas, replicas)
+        start = math.ceil(self._limits.start / replicas) * replicas
+        return Bounds(
+            start=start,
+            cap=cap,
+            cap_reason=reason,
+            usable_bytes=self._usable,
+            hard_bytes=self._hard,
+            multiple_of=replicas,
+            memory_reason=self._reason,
+        )
+
+    def run(self):
+        """Tries sizes until one of the bounds is reached."""
+        self._check_room()
+        while True:
+            size, reason = size_search.next_size(
+                self._trials, self._bounds, self._seconds_left()
+            )
+            if size is None:
+                break
+            self._predict(size)
+            self._trials.append(self._try(size))
+        best = size_search.largest_that_fits(self._trials, self._usable)
+        if best is None:
+            self._raise_nothing_fits()
+        return self._profile(best, reason)
+
+    def _check_room(self):
+        if self._usable is not None and self._resident >= self._usable:
+            self._raise_does_not_fit(
+                "weights, optimizer slots and metrics alone take "
+                f"{megabytes(self._resident)} MB"
+            )
+
+    def _raise_nothing_fits(self):
+        least = min(self._trials, key=lambda trial: trial.batch_size)
+        peak = "ran out of memory"
+        if not least.failed:
+            peak = f"took {megabytes(least.peak_bytes)} MB"
+        self._raise_does_not_fit(f"a batch of {least.batch_size} {peak}")
+
+    def _raise_does_not_fit(self, what):
+        given = self._limits.memory_limit
+        raise ValueError(
+            f"No batch size fits: {what}, of {megabytes(self._limit)} MB "
+            f"{megabytes(self._usable)} MB may be used. Received: "
+            f"memory_limit={given}, "
+            f"safety_margin={self._limits.safety_margin}. Use a smaller "
+            "model, an optimizer with fewer slots, shorter examples, a "
+            "mixed dtype policy, or raise `memory_limit`."
+        )
+
+    def _seconds_left(self):
+        spent = time.perf_counter() - self._started
+        return self._limits.time_budget - spent
+
+    def _predict(self, size):
+        """Remembers what the line through the two largest lets expect."""
+        known = [one for one in self._trials if one.peak_bytes is not None]
+        if len(known) < 2:
+            return
+        low, high = sorted(known, key=lambda one: one.batch_size)[-2:]
+        slope = (high.peak_bytes - low.peak_bytes) / (
+            high.batch_size - low.batch_size
+        )
+        predicted = high.peak_bytes + slope * (size - high.batch_size)
+        self._predicted[size] = int(predicted)
+
+    def _try(self, size):
+        """Runs one size; an out-of-memory error is an answer, too."""
+        began = time.perf_counter()
+        workload, peak, seconds, failed = self._workload, None, None, False
+        constant = self._resident
+        try:
+            plain, seconds = workload.train(size)
+            peak = self._with_the_rest(size, plain)
+            if peak is not None:
+                constant += peak - plain
+        except Exception as error:
+            if not exhaustion.is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:
+            # Only now has the error let go of the tensors of its step.
+            gc.collect()
+        workload.restore_values()
+        elapsed = time.perf_counter() - began
+        return Trial(size, peak, seconds, failed, elapsed, constant)
+
+    def _with_the_rest(self, size, peak):
+        tail = 0
+        if math.isfinite(self._examples.count):
+            tail = int(self._examples.count) % size
+        rest = self._workload.also(size, tail)
+        return peak if rest is None else max(peak, rest)
+
+    def _profile(self, best, reason):
+        trials = sorted(self._trials, key=lambda trial: trial.batch_size)
+        return BatchProfile(
+            rows=[self._row(trial) for trial in trials],
+            max_batch_size=best.batch_size,
+            reason=reason,
+            memory_limit=None if self._limit is None else int(self._limit),
+            usable_bytes=None if self._usable is None else int(self._usable),
+            resident_bytes=int(self._resident),
+            dtype_policy=dtype_policies_of(self._model),
+            device=self._meter.device,
+            measured_by=self._meter.name,
+            replicas=self._bounds.multiple_of,
+            jit_compile=self._workload.compiles,
+            seconds=time.perf_counter() - self._started,
+            notes=self._notes,
+        )
+
+    def _row(self, trial):
+        fits = size_search.fits(trial, self._usable)
+        note = "" if fits else "over the margin"
+        if trial.failed:
+            note = OUT_OF_MEMORY
+        peak = trial.peak_bytes
+        return ProfileRow(
+            batch_size=trial.batch_size,
+            peak_bytes=None if peak is None else int(peak),
+            predicted_bytes=self._predicted.get(trial.batch_size),
+            step_seconds=trial.step_seconds,
+            fits=fits,
+            note=note,
+        )
+
+
+def dtype_policies_of(model):
+    """Returns the names of the dtype policies of a model's layers, joined.
+
+    Args:
+        model: A Keras model.
+    """
+    layers = keras_private.flatten_layers(model)
+    names = {
+        layer.dtype_policy.name for layer in layers if layer.variables
+    }
+    return ", ".join(sorted(names)) or model.dtype_policy.name

@@ -1,0 +1,71 @@
+"""A device for tests whose memory is a formula of the batch size.
+
+The training step runs for real; only what it took, and when it would have
+failed, is made up.
+"""
+
+import tensorflow as tf
+
+from keras_batchsize._memory_examples import Examples
+from keras_batchsize._memory_meters import Meter
+from keras_batchsize._memory_workload import BATCHES_HELD
+
+
+class FakeMeter(Meter):
+    """Says that a step of B examples took `constant + slope·B` bytes.
+
+    Args:
+        limit: Bytes of the device, None for not known.
+        constant: Bytes.
+        slope: Bytes per example.
+        fails_at: Size from which a step runs out of memory; None for where
+            the limit is.
+        measures: Whether it tells peaks.
+    """
+
+    device = "FAKE:0"
+    name = "a formula"
+
+    def __init__(
+        self, limit, constant=0, slope=1, fails_at=None, measures=True
+    ):
+        self.size = 0
+        self.sizes = []
+        self._limit = limit
+        self._constant = constant
+        self._slope = slope
+        self._fails_at = fails_at
+        self._measures = measures
+
+    def limit(self):
+        return self._limit, "memory"
+
+    def peak(self):
+        if not self._measures:
+            return None
+        return self._constant + self._slope * self.size
+
+    def current(self):
+        return 0
+
+    def allocate(self, size):
+        """Notes the size of a step, or fails as a device would."""
+        self.size = size
+        self.sizes.append(size)
+        too_large = self._fails_at is not None and size >= self._fails_at
+        peak = self._constant + self._slope * size
+        if too_large or (self._limit is not None and peak > self._limit):
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM (fake)")
+
+
+class FakeExamples(Examples):
+    """Examples that tell a `FakeMeter` for which size they are made."""
+
+    def __init__(self, meter, batch, count):
+        super().__init__(batch, count)
+        self._meter = meter
+
+    def batch(self, size):
+        made = super().batch(size)
+        self._meter.allocate(size // BATCHES_HELD)
+        return made

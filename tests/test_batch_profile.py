@@ -1,0 +1,131 @@
+"""The profile: what follows from its rows, and where they go."""
+
+import json
+import math
+
+import pytest
+
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
+
+MB = 10**6
+
+
+def row(size, fits=True, **changes):
+    """50 MB + 2 MB, 10 ms + 1 ms per example."""
+    values = {
+        "batch_size": size,
+        "peak_bytes": (50 + 2 * size) * MB,
+        "predicted_bytes": None,
+        "step_seconds": 0.01 + 0.001 * size,
+        "fits": fits,
+    }
+    return ProfileRow(**values | changes)
+
+
+def profile(**changes):
+    values = {
+        "rows": [row(1), row(32), row(100), row(150, False, note="over")],
+        "max_batch_size": 100,
+        "reason": "memory",
+        "memory_limit": 400 * MB,
+        "usable_bytes": 320 * MB,
+        "dtype_policy": "float32",
+        "device": "CPU:0",
+        "measured_by": "allocator statistics",
+    }
+    return BatchProfile(**values | changes)
+
+
+def test_step_time_is_that_of_the_rows():
+    step_time = profile().step_time
+    assert step_time.fixed == pytest.approx(0.01)
+    assert step_time.per_example == pytest.approx(0.001)
+
+
+def test_saturation_is_the_smallest_size_near_the_best_speed():
+    found = profile()
+
+    def speed(size):
+        return size / (0.01 + 0.001 * size)
+
+    expected = next(
+        size for size in range(1, 101) if speed(size) >= 0.95 * speed(100)
+    )
+    assert found.saturation_batch_size == expected
+
+
+def test_saturation_stays_within_what_was_run():
+    slow = [row(8, step_seconds=1.0), row(16, step_seconds=4.0)]
+    assert profile(rows=slow, max_batch_size=16).saturation_batch_size == 8
+    one = profile(rows=[row(5)], max_batch_size=5)
+    assert 1 <= one.saturation_batch_size <= 5
+
+
+def test_memory_line():
+    constant, slope = profile().memory_line()
+    assert constant == pytest.approx(50 * MB)
+    assert slope == pytest.approx(2 * MB)
+    assert profile().estimated_batch_size == 135
+
+
+def test_unmeasured_memory_is_said():
+    blind = profile(
+        rows=[row(1, peak_bytes=None), row(4, peak_bytes=None)],
+        max_batch_size=4,
+        memory_limit=None,
+        usable_bytes=None,
+        measured_by="this system tells nothing",
+    )
+    assert math.isnan(blind.estimated_batch_size)
+    assert "not measured" in str(blind)
+
+
+def test_summary_shows_every_row_and_what_ended_it():
+    lines = []
+    profile().summary(lines.append)
+    text = "\n".join(lines)
+    for shown in ("100", "over", "ended by memory", "float32", "400.0 MB"):
+        assert shown in text
+    assert text == str(profile())
+
+
+def test_summary_prints(capsys):
+    profile().summary()
+    assert capsys.readouterr().out.strip() == str(profile()).strip()
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    path = tmp_path / "new" / "profile.json"
+    profile().save(path)
+    assert BatchProfile.load(path) == profile()
+    assert json.loads(path.read_text())["max_batch_size"] == 100
+
+
+def test_a_stranger_is_not_loaded():
+    with pytest.raises(ValueError, match="Received: format='other'"):
+        BatchProfile.from_dict({"format": "other"})
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_plot(tmp_path, rows):
+    failed = row(300, False, peak_bytes=None, step_seconds=None, note="oom")
+    found = profile(rows=[*profile().rows[:rows], failed])
+    figure = found.plot(to_file=tmp_path / "profile.png")
+    memory, speed = figure.axes
+    assert (tmp_path / "profile.png").stat().st_size > 1000
+    labels = [text.get_text() for text in memory.get_legend().get_texts()]
+    assert {"limit", "margin", "ran out of memory"} <= set(labels)
+    assert "largest: 100" in labels
+    # A point for each row with a time.
+    assert len(speed.lines[0].get_xdata()) == rows
+
+
+def test_plot_without_memory():
+    found = profile(
+        rows=[row(1, peak_bytes=None), row(4, peak_bytes=None)],
+        max_batch_size=4,
+        memory_limit=None,
+        usable_bytes=None,
+    )
+    assert len(found.plot().axes) == 2

@@ -1,0 +1,424 @@
+"""The probe: what it returns, what it leaves, and what it refuses."""
+
+import random
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import compiled
+from comparing import dense
+from fake_memory import FakeExamples
+from fake_memory import FakeMeter
+
+import keras_batchsize as kb
+from keras_batchsize import _memory_host
+from keras_batchsize import memory
+
+MB = 10**6
+
+make_dense = compiled(
+    dense, optimizer=keras.optimizers.Adam, metrics=["mae"]
+)
+
+
+def probe(meter, model=None, count=10_000, **limits):
+    """Probes a tiny model on a device of the fake."""
+    model = make_dense() if model is None else model
+    x, y = comparing.regression(16)
+    data = (tf.constant(x), tf.constant(y))
+    examples = FakeExamples(meter, data, count)
+    return memory.probe(model, examples, memory.Limits(**limits), meter)
+
+
+# What it returns.
+
+
+def test_answer_was_run_and_stayed_within_the_margin():
+    meter = FakeMeter(limit=100 * MB, constant=10 * MB, slope=0.01 * MB)
+    profile = probe(meter, safety_margin=0.1)
+    assert profile.max_batch_size in meter.sizes
+    chosen = {row.batch_size: row for row in profile.rows}[
+        profile.max_batch_size
+    ]
+    assert chosen.fits and chosen.peak_bytes <= 90 * MB
+    # The largest of all, by the formula, is 8000.
+    assert 0.85 * 8000 <= profile.max_batch_size <= 8000
+    assert profile.reason == "memory"
+    assert len(profile.rows) <= 7
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"maximum": 77}, "maximum"),
+        ({}, "dataset"),
+        ({"time_budget": 0.0}, "time"),
+    ],
+)
+def test_says_what_ended_it(limits, reason):
+    profile = probe(FakeMeter(limit=10**12), count=200, **limits)
+    assert profile.reason == reason
+    expected = {"maximum": 77, "dataset": 200, "time": 1}[reason]
+    assert profile.max_batch_size == expected
+
+
+def test_failures_are_answers():
+    meter = FakeMeter(limit=None, fails_at=100)
+    profile = probe(meter, maximum=4000)
+    assert profile.max_batch_size < 100
+    assert any(row.note == "out of memory" for row in profile.rows)
+    assert not profile.rows[-1].fits
+
+
+def test_memory_that_cannot_be_measured_is_said():
+    profile = probe(FakeMeter(None, fails_at=50, measures=False))
+    assert all(row.peak_bytes is None for row in profile.rows)
+    assert "not measured" in str(profile)
+    assert 1 <= profile.max_batch_size < 50
+
+
+def test_ragged_last_batch_and_validation_are_run():
+    model = make_dense()
+    ran = []
+    plain_step, plain_test = model.train_step, model.test_step
+
+    def test_step(data):
+        ran.append("validation")
+        return plain_test(data)
+
+    model.test_step = test_step
+    meter = FakeMeter(limit=10**12)
+    profile = probe(meter, model, count=70, maximum=32)
+    assert profile.max_batch_size == 32
+    assert "validation" in ran
+    assert model.train_step == plain_step
+
+
+def test_other_errors_are_not_swallowed():
+    def broken():
+        inputs = keras.Input((comparing.FEATURES,))
+        checked = keras.layers.Lambda(
+            lambda x: tf.ensure_shape(x, (1, comparing.FEATURES))
+        )(inputs)
+        return keras.Model(inputs, keras.layers.Dense(1)(checked))
+
+    model = compiled(broken)()
+    x, y = comparing.regression(16)
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        kb.find_max_batch_size(model, x, y, start=4, maximum=8)
+
+
+def test_nothing_fits():
+    with pytest.raises(ValueError, match="(?s)No batch size fits.*Received"):
+        probe(FakeMeter(limit=MB, constant=2 * MB), start=64)
+    with pytest.raises(ValueError, match="ran out of memory"):
+        probe(FakeMeter(limit=None, fails_at=1))
+    with pytest.raises(ValueError, match="weights, optimizer slots"):
+        probe(FakeMeter(limit=MB), memory_limit=100)
+
+
+def test_real_memory_is_measured():
+    x = np.zeros((4096, 256), "float32")
+    model = keras.Sequential(
+        [keras.Input((256,)), keras.layers.Dense(512), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    profile = kb.find_max_batch_size(model, x, np.zeros(4096), maximum=4096)
+    assert profile.max_batch_size == 4096
+    # Data and activations of a batch, if not more.
+    least = 4096 * (256 + 512) * 4
+    assert least < profile.rows[-1].peak_bytes < 20 * least
+    assert profile.dtype_policy == "float32"
+    assert profile.step_time(4096) > 0
+
+
+def test_host_meter_sees_what_a_process_takes():
+    meter = memory.meter_for(make_dense())
+    assert meter.device.startswith(("CPU", "GPU"))
+    _memory_host.reset_peak()
+    before = _memory_host.resident_bytes()
+    if before is None:
+        pytest.skip("no /proc")
+    held = np.ones(50 * MB // 8)
+    del held
+    assert _memory_host.peak_bytes() - before >= 40 * MB
+    assert _memory_host.available_bytes() > 0
+
+
+# What it leaves.
+
+
+class Noise(keras.layers.Layer):
+    """Draws from Keras's global seed generator."""
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        noise = keras.random.normal(keras.ops.shape(x), dtype=x.dtype)
+        return x + noise / 100
+
+
+def image_model(policy, jit_compile, built):
+    """All that has state: BatchNorm, dropout, global seeds, slots, EMA."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        layers = [
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            Noise(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(3, dtype="float32"),
+        ]
+    finally:
+        keras.config.set_dtype_policy("float32")
+    inputs = [keras.Input((6, 6, 1))] if built else []
+    model = keras.Sequential(inputs + layers)
+    schedule = keras.optimizers.schedules.CosineDecay(1e-2, 100)
+    model.compile(
+        keras.optimizers.AdamW(schedule, use_ema=True, clipnorm=1.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=jit_compile,
+    )
+    return model
+
+
+def everything(model):
+    """All that a probe might change, as comparable values."""
+    history = model.fit(*images(), batch_size=10, epochs=2, verbose=0)
+    return {
+        "losses": history.history,
+        "variables": {
+            name: value.tobytes()
+            for name, value in comparing.variables_of(model).items()
+        },
+        "name": keras.layers.Dense(1).name,
+        "random": random.random(),
+        "numpy": np.random.rand(),
+        "seed": tf.random.uniform(()).numpy(),
+    }
+
+
+def images():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 6, 6, 1)).astype("float32")
+    return x, rng.integers(0, 3, 30)
+
+
+def outcome(probes, policy, jit_compile, built, warm):
+    model = comparing.seeded(lambda: image_model(policy, jit_compile, built))
+    if warm:
+        model.fit(*images(), batch_size=10, verbose=0)
+    if probes:
+        kb.find_max_batch_size(model, *images(), maximum=20)
+    return everything(model)
+
+
+@pytest.mark.parametrize(
+    ("policy", "jit_compile", "built", "warm"),
+    [
+        ("float32", False, True, False),
+        ("float32", False, False, True),
+        ("mixed_float16", False, False, False),
+        ("mixed_float16", False, True, True),
+        ("mixed_bfloat16", False, True, False),
+        ("float32", True, True, False),
+    ],
+)
+def test_training_after_a_probe_is_training_without(
+    policy, jit_compile, built, warm
+):
+    case = (policy, jit_compile, built, warm)
+    assert outcome(True, *case) == outcome(False, *case)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_model_is_as_before_after_an_error(error, monkeypatch):
+    model = comparing.seeded(lambda: image_model("float32", False, True))
+    before = comparing.variables_of(model)
+    state = random.getstate()
+
+    def fails(*_):
+        random.random()
+        raise error
+
+    workload = memory.Workload
+    monkeypatch.setattr(workload, "also", fails)
+    with pytest.raises(error):
+        kb.find_max_batch_size(model, *images(), maximum=20)
+    after = comparing.variables_of(model)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, name)
+    assert random.getstate() == state
+
+
+def test_shuffled_dataset_keeps_its_order():
+    def batches():
+        x = tf.range(64, dtype=tf.float32)[:, None]
+        return (
+            tf.data.Dataset.from_tensor_slices((x, x))
+            .shuffle(64, seed=5)
+            .batch(8)
+            .prefetch(1)
+        )
+
+    def order(dataset):
+        return [x.numpy().ravel().tolist() for x, _ in dataset]
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    probed = batches()
+    profile = kb.find_max_batch_size(model, probed, maximum=16)
+    assert profile.max_batch_size == 16
+    assert order(probed) == order(batches())
+
+
+@pytest.mark.parametrize("kind", ["dict", "ragged", "weights", "py_dataset"])
+def test_every_kind_of_input(kind):
+    x, y = comparing.regression(40)
+    if kind == "dict":
+        inputs = {"a": keras.Input((2,), name="a")}
+        out = keras.layers.Dense(1)(inputs["a"])
+        model = keras.Model(inputs, out)
+        arguments = ({"a": x[:, :2]}, y)
+    elif kind == "ragged":
+        model = keras.Sequential(
+            [
+                keras.Input((None,), ragged=True, dtype="int32"),
+                keras.layers.Embedding(9, 3),
+                keras.layers.Lambda(lambda t: tf.reduce_mean(t, 1)),
+                keras.layers.Dense(1),
+            ]
+        )
+        arguments = (tf.ragged.constant([[1, 2], [3]] * 20), y)
+    else:
+        model = dense()
+        arguments = (x, y)
+    model.compile("sgd", "mse")
+    if kind == "weights":
+        arguments += (np.ones(40),)
+    if kind == "py_dataset":
+
+        class Batches(keras.utils.PyDataset):
+            def __len__(self):
+                return 5
+
+            def __getitem__(self, index):
+                return x[index * 8 : index * 8 + 8], y[index * 8 : index * 8 + 8]
+
+        arguments = (Batches(),)
+    profile = kb.find_max_batch_size(model, *arguments)
+    assert profile.max_batch_size == 40
+    assert profile.reason == "dataset"
+
+
+# What it refuses, before it touches anything.
+
+
+def stateful():
+    return keras.Sequential(
+        [
+            keras.Input((4, 5), batch_size=8),
+            keras.layers.LSTM(3, stateful=True),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def hidden_stateful():
+    inputs = keras.Input((4, 5))
+    layer = keras.layers.LSTM(3)
+    outputs = keras.layers.Dense(1)(layer(inputs))
+    layer.stateful = True
+    return keras.Model(inputs, outputs)
+
+
+def fixed():
+    return keras.Sequential(
+        [keras.Input((5,), batch_size=8), keras.layers.Dense(1)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (stateful, "batch_size=8"),
+        (hidden_stateful, "stateful=True"),
+        (fixed, "batch_size=8"),
+    ],
+)
+def test_model_of_one_batch_size_is_refused(make, text):
+    model = compiled(make)()
+    with pytest.raises(ValueError, match=f"Received: .*{text}"):
+        kb.find_max_batch_size(model, *comparing.regression())
+
+
+def test_model_that_took_its_first_batch_for_its_size_is_probed():
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x, y = comparing.regression(24)
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert kb.find_max_batch_size(model, x, y).max_batch_size == 24
+
+
+def test_uncompiled_model_is_refused():
+    with pytest.raises(ValueError, match="must be compiled"):
+        kb.find_max_batch_size(dense(), *comparing.regression())
+    with pytest.raises(TypeError, match="keras.Model"):
+        kb.find_max_batch_size("model", *comparing.regression())
+
+
+def numbers(x, y):
+    yield x, y
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator", "empty"])
+def test_data_that_cannot_be_probed_are_refused(kind):
+    x, y = comparing.regression()
+    data = {
+        "generator": numbers(x, y),
+        "iterator": iter([(x, y)]),
+        "empty": x[:0],
+    }[kind]
+    y = y[:0] if kind == "empty" else None
+    model = make_dense()
+    before = comparing.variables_of(model)
+    with pytest.raises(ValueError, match="Received: "):
+        kb.find_max_batch_size(model, data, y)
+    assert comparing.variables_of(model).keys() == before.keys()
+    if kind == "generator":
+        assert next(data) is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"start": 0}, ValueError),
+        ({"start": 1.5}, TypeError),
+        ({"start": 9, "maximum": 8}, ValueError),
+        ({"maximum": 0}, ValueError),
+        ({"memory_limit": 0}, ValueError),
+        ({"memory_limit": -5}, ValueError),
+        ({"memory_limit": 1e9}, TypeError),
+        ({"safety_margin": 0.0}, ValueError),
+        ({"safety_margin": 1.0}, ValueError),
+        ({"safety_margin": -0.1}, ValueError),
+        ({"safety_margin": "5 %"}, TypeError),
+        ({"time_budget": -1.0}, ValueError),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, error):
+    model = make_dense()
+    with pytest.raises(error, match="Received: "):
+        kb.find_max_batch_size(model, *comparing.regression(), **arguments)
+    assert not model.optimizer.built
+
+
+def test_limit_below_the_weights_is_refused():
+    with pytest.raises(ValueError, match="(?s)weights.*Received: memory_limit"):
+        kb.find_max_batch_size(
+            make_dense(), *comparing.regression(), memory_limit=200
+        )

@@ -1,0 +1,180 @@
+"""The search for the largest size, on devices whose memory is a formula."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from keras_batchsize import size_search
+from keras_batchsize.size_search import Bounds
+from keras_batchsize.size_search import Trial
+
+MB = 1e6
+
+
+class Device:
+    """A device on which a step of B examples takes `peak(B)` bytes.
+
+    Args:
+        peak: Function of the size.
+        limit: Bytes beyond which a step fails; None for never.
+        known: Whether the search may read peaks and the limit.
+        constant: Bytes that are known not to grow.
+        seconds: Seconds of a trial per example.
+    """
+
+    def __init__(
+        self, peak, limit=None, known=True, constant=0.0, seconds=0.0
+    ):
+        self.peak = peak
+        self.limit = limit
+        self.known = known
+        self.constant = constant
+        self.seconds = seconds
+
+    def run(self, size):
+        peak, elapsed = self.peak(size), self.seconds * size
+        if self.limit is not None and peak > self.limit:
+            return Trial(size, failed=True, trial_seconds=elapsed)
+        seen = peak if self.known else None
+        return Trial(size, seen, 1e-3, False, elapsed, self.constant)
+
+
+def search(device, time_budget=math.inf, **bounds):
+    """Runs a search to its end.
+
+    Returns:
+        Tuple of the trials, the best of them, and the reason.
+    """
+    usable = None
+    if device.known and device.limit is not None:
+        usable = 0.8 * device.limit
+        bounds.setdefault("hard_bytes", 0.9 * device.limit)
+    bounds = Bounds(usable_bytes=usable, **bounds)
+    trials, left = [], time_budget
+    while True:
+        size, reason = size_search.next_size(trials, bounds, left)
+        if size is None:
+            break
+        trials.append(device.run(size))
+        left -= trials[-1].trial_seconds
+    return trials, size_search.largest_that_fits(trials, usable), reason
+
+
+def truth(device):
+    """The largest size below the margin, by counting up."""
+    usable = 0.8 * device.limit
+    return next(
+        size - 1
+        for size in itertools.count(1)
+        if device.peak(size) > usable
+    )
+
+
+def convex(workspace, slope, steep, kink):
+    """Largest of two straight lines: the phases of a step."""
+    return lambda size: 20 * MB + max(
+        workspace + slope * size, steep * (size - kink)
+    )
+
+
+# With the bytes known not to grow; workspaces, say, are not among them.
+PEAKS = {
+    "straight": (lambda size: 30 * MB + 0.3 * MB * size, 20 * MB),
+    "steep": (lambda size: 30 * MB + 9 * MB * size, 20 * MB),
+    "flat": (lambda size: 60 * MB + 0.02 * MB * size, 20 * MB),
+    "kinked": (convex(40 * MB, 0.01 * MB, 0.05 * MB, 100), 20 * MB),
+    "weights": (lambda size: 280 * MB + 0.2 * MB * size, 270 * MB),
+    "stairs": (lambda size: 30 * MB + 9 * MB * math.ceil(size / 32), 20 * MB),
+}
+
+
+@pytest.mark.parametrize(("peak", "constant"), PEAKS.values(), ids=PEAKS)
+@pytest.mark.parametrize("start", [1, 8])
+def test_finds_the_limit_in_few_trials_without_failing(peak, constant, start):
+    device = Device(peak, 400 * MB, constant=constant)
+    trials, best, reason = search(device, start=start)
+    assert not any(trial.failed for trial in trials)
+    assert len(trials) <= size_search.MOST_TRIALS
+    # 0.94 of the memory, rounded down to a multiple of 8 at most.
+    assert 0.85 * truth(device) - 8 <= best.batch_size <= truth(device)
+    assert reason in ("memory", "trials")
+
+
+def test_returns_only_what_was_run_and_stayed_below():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        constant, slope = 10 ** rng.uniform(6, 8), 10 ** rng.uniform(3, 7.5)
+        noise = iter(rng.uniform(0.92, 1.08, size=50))
+        device = Device(
+            lambda size: (constant + slope * size) * next(noise), 400 * MB
+        )
+        trials, best, _ = search(device)
+        assert len(trials) <= size_search.MOST_TRIALS
+        assert best in trials
+        assert not best.failed and best.peak_bytes <= 0.8 * device.limit
+        assert all(
+            not size_search.fits(trial, 0.8 * device.limit)
+            for trial in trials
+            if trial.batch_size > best.batch_size
+        )
+
+
+def test_memory_that_jumps_at_one_size_is_survived():
+    # cuDNN chose an algorithm with 15 times the memory at one batch size.
+    def peak(size):
+        return (3766 if 20 <= size < 40 else 40 + 2 * size) * MB
+
+    trials, best, _ = search(Device(peak, 1000 * MB), start=29)
+    assert trials[0].failed
+    assert best.batch_size < 29
+
+
+def test_first_size_too_large_goes_down():
+    device = Device(PEAKS["straight"][0], 400 * MB, constant=30 * MB)
+    trials, best, _ = search(device, start=100_000)
+    assert best.batch_size < 100_000
+    assert len(trials) <= size_search.MOST_TRIALS
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_nothing_fits(known):
+    device = Device(lambda size: (500 + size) * MB, 400 * MB, known)
+    trials, best, _ = search(device, start=64)
+    assert best is None
+    assert min(trial.batch_size for trial in trials) == 1
+
+
+def test_without_a_measure_failures_bound_the_size():
+    device = Device(PEAKS["straight"][0], 400 * MB, known=False)
+    trials, best, _ = search(device)
+    assert any(trial.failed for trial in trials)
+    assert device.peak(best.batch_size) <= device.limit
+
+
+def test_ends_at_the_cap():
+    device = Device(PEAKS["flat"][0], 400 * MB)
+    _, best, reason = search(device, cap=501, cap_reason="dataset")
+    assert (best.batch_size, reason) == (501, "dataset")
+
+
+def test_ends_with_the_time():
+    device = Device(PEAKS["flat"][0], 400 * MB, seconds=0.01)
+    trials, best, reason = search(device, time_budget=20.0)
+    assert reason == "time"
+    assert sum(trial.trial_seconds for trial in trials) <= 20.0
+    assert best.batch_size > 100
+
+
+def test_sizes_are_shared_by_all_replicas():
+    device = Device(PEAKS["straight"][0], 400 * MB)
+    trials, _, _ = search(device, start=6, multiple_of=6)
+    assert all(trial.batch_size % 6 == 0 for trial in trials)
+
+
+def test_one_trial_is_enough_where_one_example_fills_it():
+    device = Device(lambda size: 300 * MB * size, 400 * MB)
+    trials, best, _ = search(device)
+    assert best.batch_size == 1
+    assert [trial.batch_size for trial in trials] == [1]
