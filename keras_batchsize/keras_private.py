@@ -105,11 +105,17 @@ def global_state():
         Tuple for `set_global_state` and `global_seeds`.
     """
     names = keras_globals.get_global_attribute(_NAMES)
+    generator = _eager_seeds()
     return (
         keras_globals.get_global_attribute(_GLOBAL_SEEDS),
         None if names is None else names.copy(),
-        eager_context.context()._rng.getstate(),
+        None if generator is None else generator.getstate(),
     )
+
+
+def _eager_seeds():
+    """What eager operations draw seeds from; there once a seed was set."""
+    return getattr(eager_context.context(), "_rng", None)
 
 
 def set_global_state(state):
@@ -119,7 +125,8 @@ def set_global_state(state):
     keras_globals.set_global_attribute(
         _NAMES, None if names is None else names.copy()
     )
-    eager_context.context()._rng.setstate(seeds)
+    if seeds is not None:
+        _eager_seeds().setstate(seeds)
 
 
 def global_seeds(state):

@@ -15,8 +15,6 @@ import gc
 import math
 import time
 
-import keras
-
 from keras_batchsize import _checks
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private

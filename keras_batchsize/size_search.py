@@ -7,15 +7,15 @@ inside a step that XLA compiled damages the process.
 
 What makes large jumps safe is that memory per example falls with the batch
 size. Peaks are maxima over time of sums of a constant and a part in proportion
-to the size, so (peak - constant)/size, `constant` what is known not to grow, hardly
-ever rises: in the scans that led to this (three models, three dtype policies,
-with and without XLA) by 15 % at most. So the next size is
+to the size, so (peak - constant)/size, `constant` what is known not to grow,
+hardly ever rises: in the scans that led to this (three models, three dtype
+policies, with and without XLA) by 15 % at most. So the next size is
 
     size · (usable - constant)/(peak - constant)
 
 which cannot overshoot. Peaks that lie on a straight line already say more: then
-the line leads, and that rule only has to keep below what is there at all. Between
-a size that fits and one that does not, the straight line decides.
+the line leads, and that rule only has to keep below what is there at all.
+Between a size that fits and one that does not, the straight line decides.
 
 No size is returned that was not run, and whose own peak did not stay below.
 """
@@ -212,7 +212,7 @@ def _goal(trial, usable_bytes):
 
 
 def _slope_below(trials, best):
-    """Bytes per example between the largest size and the one before, or None."""
+    """Bytes per example between the two largest sizes, None for one size."""
     below = [t for t in trials if t.batch_size < best.batch_size]
     if not below:
         return None

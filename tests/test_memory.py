@@ -307,7 +307,8 @@ def test_every_kind_of_input(kind):
                 return 5
 
             def __getitem__(self, index):
-                return x[index * 8 : index * 8 + 8], y[index * 8 : index * 8 + 8]
+                part = slice(index * 8, index * 8 + 8)
+                return x[part], y[part]
 
         arguments = (Batches(),)
     profile = kb.find_max_batch_size(model, *arguments)
