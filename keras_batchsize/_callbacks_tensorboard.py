@@ -160,7 +160,7 @@ class _Recorder:
         self._epoch = None
         self._done = 0
         self._writer = None
-        self._first_step = 0
+        self._began, self._first_step = 0.0, 0
         self._changes = {}
         self._shown = None
         self._seconds_before = 0.0
@@ -238,7 +238,7 @@ class _Recorder:
         self._writer = RunWriter(
             self._log_dir, tf.io, function.identity, examples_before + 1
         )
-        self._first_step = examples_before + 1
+        self._began, self._first_step = time.time(), examples_before + 1
         settings = settings_of(function)
         values = [events.text(tags.TEXT_SETTINGS, tables.settings(settings))]
         self._writer.write(self._first_step, values)
@@ -304,6 +304,7 @@ class _Recorder:
         info = {
             "version": __version__,
             "identity": function.identity,
+            "began": self._began,
             "first_step": self._first_step,
             "settings": settings_of(function),
             "examples": controller.examples,
