@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:
     from keras_batchsize.callbacks import DynamicBatchSize
     from keras_batchsize.callbacks import ExamplesProgbarLogger
     from keras_batchsize.callbacks import LearningRateScaling
+    from keras_batchsize.callbacks import TimeToTarget
     from keras_batchsize.memory import find_max_batch_size
     from keras_batchsize.plan import BatchPlan
     from keras_batchsize.report import Report
@@ -45,6 +46,7 @@ __all__ = [
     "ExamplesProgbarLogger",
     "LearningRateScaling",
     "Report",
+    "TimeToTarget",
     "__version__",
     "find_max_batch_size",
     "fit",
@@ -67,6 +69,7 @@ _HOMES = {
     "ExamplesProgbarLogger": "callbacks",
     "LearningRateScaling": "callbacks",
     "Report": "report",
+    "TimeToTarget": "callbacks",
     "find_max_batch_size": "memory",
     "fit": "trainer",
 }

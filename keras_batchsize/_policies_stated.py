@@ -81,7 +81,7 @@ class GrowOnPlateau(BatchSizePolicy):
         self.mode = _checks.known(
             "mode", mode, ("auto", "min", "max"), "it says which way is better"
         )
-        self._sign = 1.0 if _direction(monitor, mode) == "min" else -1.0
+        self._sign = 1.0 if direction_of(monitor, mode) == "min" else -1.0
         self._state = {"best": None, "wait": 0, "cooling": 0, "wished": None}
 
     def on_epoch_end(self, status, logs):
@@ -125,8 +125,19 @@ class GrowOnPlateau(BatchSizePolicy):
         self._state = dict(state)
 
 
-def _direction(monitor, mode):
-    """Says whether a metric is to be minimised or maximised."""
+def direction_of(monitor, mode="auto"):
+    """Says whether a metric is to be minimised or maximised.
+
+    Args:
+        monitor: Key of the epoch logs.
+        mode: "min", "max", or "auto" to tell from the name.
+
+    Returns:
+        "min" or "max".
+
+    Raises:
+        ValueError: If the name does not tell.
+    """
     if mode != "auto":
         return mode
     if monitor.endswith("loss"):
@@ -135,7 +146,7 @@ def _direction(monitor, mode):
         return "max"
     raise ValueError(
         "`mode` must be given for a metric whose name does not say which way "
-        f"is better: growing the wrong way would never stop. Received: "
+        "is better: taken the wrong way it would never improve. Received: "
         f"monitor={monitor!r}, mode='auto'. Use mode=\"min\" or mode=\"max\"."
     )
 

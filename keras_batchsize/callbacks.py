@@ -20,6 +20,7 @@ from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._callbacks_learning_rate import LearningRateScaling
 from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
 from keras_batchsize._callbacks_tensorboard import BatchSizeTensorBoard
+from keras_batchsize._callbacks_time_to_target import TimeToTarget
 from keras_batchsize._controller_advice import recommended_batch_size
 from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
@@ -34,6 +35,7 @@ __all__ = [
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
+    "TimeToTarget",
 ]
 
 

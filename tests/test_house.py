@@ -33,7 +33,8 @@ FLOORS = (
     ("train_function",),
     ("memory",),
     ("callbacks",),
-    ("trainer", "tuner"),
+    ("trainer",),
+    ("tuner",),
     ("__init__",),
 )
 FLOOR_OF = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

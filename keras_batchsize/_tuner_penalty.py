@@ -1,0 +1,104 @@
+"""The objective of a trial that has none: out of memory, or not a number.
+
+KerasTuner counts such a trial as failed, and after three in a row it ends the
+search; and BayesianOptimization never learns from failed trials, while an
+infinite value counts as 0 there (bayesian.py), the best of all. So a trial gets
+a finite value, and a modest one: the scale of the Gaussian process is that of
+the values.
+"""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize._tuner_target import EXAMPLES
+from keras_batchsize._tuner_target import TIME
+
+# The untrained model is evaluated on so many examples, or batches of a dataset.
+_EXAMPLES = 1024
+_BATCHES = 16
+
+# Objectives that are best when largest, and 0 for who never ran.
+_ZERO_IS_WORST = ("examples_per_second", "noise_scale")
+
+
+class Penalties:
+    """Finite values for objectives that came out as none.
+
+    A time or a number of examples to the target counts as twice the budget; a
+    metric of the model as that of an untrained one: as good as knowing
+    nothing.
+
+    Args:
+        given: Number to use for all objectives. None for the above.
+    """
+
+    def __init__(self, given=None):
+        self._given = given
+        self._untrained = {}
+
+    def of(self, name, direction, target, evaluate):
+        """Returns the penalty of one objective.
+
+        Args:
+            name: Name of the objective.
+            direction: "min" or "max".
+            target: The `TimeToTarget` of the trial, or None.
+            evaluate: Function from the name to the value of an untrained
+                model, or None; called where nothing else helps.
+
+        Returns:
+            Float, or None if there is no saying what is bad.
+        """
+        if self._given is not None:
+            return self._given
+        if name == TIME and target is not None:
+            return 2.0 * target.budget
+        if name == EXAMPLES and target is not None:
+            return 2.0 * target.examples_limit if target.examples_limit else None
+        if name in _ZERO_IS_WORST and direction == "max":
+            return 0.0
+        if name not in self._untrained:
+            self._untrained[name] = evaluate(name)
+        return self._untrained[name]
+
+
+def untrained_value(name, build, arguments):
+    """Returns what a metric is before training.
+
+    Args:
+        name: Key of the epoch logs.
+        build: Function that returns a new, compiled model.
+        arguments: Dict of the arguments of `fit`.
+
+    Returns:
+        Float; None where it is not among the metrics, not finite, or nothing
+        can be evaluated without using up the data.
+    """
+    data = arguments.get("x"), arguments.get("y")
+    if name.startswith("val_"):
+        data = arguments.get("validation_data") or data
+    if isinstance(data, (tuple, list)):
+        x, y = [*data, None][:2]
+    else:
+        x, y = data, None
+    few = _first_of(x, y)
+    if few is None:
+        return None
+    model = build()
+    if not model.compiled:
+        return None
+    logs = model.evaluate(**few, verbose=0, return_dict=True)
+    value = logs.get(name.removeprefix("val_"), math.nan)
+    return float(value) if math.isfinite(value) else None
+
+
+def _first_of(x, y):
+    """Returns a small part of the data, as arguments of `evaluate`."""
+    if isinstance(x, tf.data.Dataset):
+        return {"x": x.take(_BATCHES)}
+    if y is None or isinstance(x, keras.utils.PyDataset):
+        return None
+    x, y = keras.tree.map_structure(lambda part: part[:_EXAMPLES], (x, y))
+    return {"x": x, "y": y}

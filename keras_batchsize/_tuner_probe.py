@@ -1,0 +1,61 @@
+"""The largest batch that fits memory, looked for once per kind of model."""
+
+import tensorflow as tf
+
+
+class CachedProbe:
+    """Caps batch sizes by the memory probe.
+
+    To be called in a trial, never where a space is declared or a model built:
+    the chief of a distributed search does that, too, on a machine of its own.
+
+    Args:
+        probe: "auto" for probing on accelerators only; True, False, or a
+            function `probe(model, x, y)` that returns the largest batch size
+            or a `BatchProfile`.
+    """
+
+    def __init__(self, probe):
+        if probe not in ("auto", True, False) and not callable(probe):
+            raise TypeError(
+                '`memory_probe` must be "auto", True, False or a function '
+                "probe(model, x, y): it finds the largest batch that fits. "
+                f"Received: memory_probe={probe!r}. Use "
+                'memory_probe="auto".'
+            )
+        self._probe = probe
+        self._known = {}
+
+    def limit(self, model, x, y):
+        """Returns the largest batch size that fits, or None without a probe.
+
+        Args:
+            model: The compiled model of a trial.
+            x: Training data.
+            y: Targets.
+        """
+        if self._probe == "auto" and not _has_accelerator():
+            return None
+        if self._probe is False:
+            return None
+        # What a batch takes depends on both, and on no other hyperparameter
+        # that would change neither; a model that is not built yet shows
+        # nothing.
+        shapes = tuple(tuple(one.shape) for one in model.weights)
+        key = shapes, model.dtype_policy.name
+        if shapes and key in self._known:
+            return self._known[key]
+        found = self._find(model, x, y)
+        if shapes:
+            self._known[key] = found
+        return found
+
+    def _find(self, model, x, y):
+        probe = self._probe if callable(self._probe) else None
+        found = probe(model, x, y)
+        return int(getattr(found, "max_batch_size", found))
+
+
+def _has_accelerator():
+    kinds = {one.device_type for one in tf.config.list_logical_devices()}
+    return bool(kinds.intersection(("GPU", "TPU")))

@@ -1,0 +1,45 @@
+"""`Target`: what a search looks for the shortest way to."""
+
+import dataclasses
+
+from keras_batchsize.callbacks import TimeToTarget
+
+TIME = "time_to_target"
+EXAMPLES = "examples_to_target"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A value of a metric to reach, and what may be spent on the way.
+
+    Attributes:
+        monitor: Key of the epoch logs, such as "val_accuracy".
+        value: Value to reach.
+        budget_seconds: Seconds of training after which a trial gives up.
+        budget_examples: Examples after which it gives up. None for the epochs
+            of the search, with Hyperband its `max_epochs`.
+        mode: "min", "max", or "auto" to tell from the name.
+
+    Raises:
+        TypeError: If a field is of another kind than stated.
+        ValueError: If a number is out of its range, or "auto" cannot tell.
+    """
+
+    monitor: str
+    value: float
+    budget_seconds: float
+    budget_examples: int | None = None
+    mode: str = "auto"
+
+    def __post_init__(self):
+        self.make_callback()
+
+    def make_callback(self):
+        """Returns a new `TimeToTarget`."""
+        return TimeToTarget(
+            self.monitor,
+            self.value,
+            self.budget_seconds,
+            mode=self.mode,
+            budget_examples=self.budget_examples,
+        )

@@ -1,0 +1,303 @@
+"""`TimeToTarget`: the clock, and the order of what it reports."""
+
+import copy
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+
+import keras_batchsize as kb
+from keras_batchsize import _callbacks_time_to_target
+from keras_batchsize._callbacks_time_to_target import TrainingClock
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(256, 4)).astype("float32")
+Y = X @ np.array([[1.0], [-2.0], [0.5], [0.0]], "float32")
+
+
+def regressor():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    return model
+
+
+class Told(keras.callbacks.Callback):
+    """Tells the logs of each epoch, as a metric would."""
+
+    def __init__(self, **values):
+        super().__init__()
+        self.values = values
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({name: one[epoch] for name, one in self.values.items()})
+
+
+def train(callback, epochs, values, **arguments):
+    """Trains by plain `fit` with given values of `val_accuracy`."""
+    return (
+        regressor()
+        .fit(
+            X,
+            Y,
+            epochs=epochs,
+            verbose=0,
+            callbacks=[Told(val_accuracy=values), callback],
+            **arguments,
+        )
+        .history
+    )
+
+
+# The clock.
+
+
+class FakeTime:
+    """A second more at each look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_clock_counts_training_steps_only(monkeypatch):
+    # Each look at this clock takes a second: one look at the beginning of an
+    # epoch, one at the end of each step. Validation is not looked at.
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+
+    history = train(
+        callback, 3, [0.1, 0.2, 0.95], batch_size=64, validation_split=0.25
+    )
+
+    # 192 examples are 3 steps an epoch. The traced one counts like the others.
+    assert history["training_seconds"] == [3.0, 6.0, 9.0]
+    assert history["tracing_seconds"] == [0.0, 0.0, 0.0]
+    assert history["time_to_target"][-1] == 9.0
+
+
+def test_tracing_is_no_training():
+    clock = TrainingClock()
+    clock.book(seconds=5.0, examples=64, traced=True)
+    assert clock.seconds == 5.0  # Nothing to compare with.
+    clock.book(seconds=1.0, examples=32, traced=False)
+    clock.book(seconds=3.0, examples=96, traced=False)
+    # 128 examples in 4 s, so the 64 of the traced step would take 2 s.
+    assert clock.seconds == pytest.approx(6.0)
+    assert clock.tracing_seconds == pytest.approx(3.0)
+    assert clock.examples == 192
+
+
+def test_seconds_are_never_more_than_have_passed():
+    clock = TrainingClock()
+    clock.book(seconds=1.0, examples=64, traced=True)
+    clock.book(seconds=4.0, examples=64, traced=False)
+    assert clock.seconds == pytest.approx(5.0)
+    assert clock.tracing_seconds == pytest.approx(0.0)
+
+
+# What it reports.
+
+
+def test_what_is_not_reached_is_finite_and_ordered_by_closeness():
+    reports = {}
+    for best in (-1e300, 0.1, 0.5, 0.8, 0.89, 0.95):
+        callback = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+        reports[best] = train(callback, 1, [best])["time_to_target"][0]
+
+    values = list(reports.values())
+    assert all(math.isfinite(one) for one in values)
+    assert values == sorted(values, reverse=True)
+    assert 10.0 < values[-2] < values[0] <= 20.0  # Not reached.
+    assert values[-1] < 10.0  # Reached.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_counts_as_twice_the_budget(value):
+    callback = kb.TimeToTarget("val_loss", -0.5, budget=10)
+    logs = {"val_loss": value}
+    callback.set_model(regressor())
+    callback.set_params({"epochs": 1})
+    callback.on_train_begin()
+    callback.on_epoch_end(0, logs)
+    if value == -math.inf:
+        assert callback.reached
+    else:
+        assert logs["time_to_target"] == 20.0
+
+
+def test_the_best_value_so_far_counts():
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+    history = train(callback, 3, [0.5, 0.8, 0.3])["time_to_target"]
+    assert history[2] == history[1] < history[0]
+
+
+def test_training_stops_at_the_target():
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    history = train(callback, 5, [0.1, 0.91, 0.1, 0.1, 0.1])
+    assert len(history["time_to_target"]) == 2
+    assert callback.reached
+    assert history["time_to_target"][-1] == history["training_seconds"][-1]
+
+
+def test_training_stops_within_an_epoch_when_the_budget_is_spent(monkeypatch):
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+
+    history = train(callback, 5, [0.1, 0.95, 0.1, 0.1, 0.1], batch_size=32)
+
+    # 8 steps in the first epoch, and 3 in the second until it is over 10 s:
+    # the target, reached too late, counts as the budget.
+    assert history["training_seconds"] == [8.0, 11.0]
+    assert history["time_to_target"][-1] == 10.0
+    assert not callback.reached
+
+
+def test_smaller_is_better_for_a_loss():
+    callback = kb.TimeToTarget("loss", 1e-3, budget=100)
+    model = regressor()
+    history = model.fit(
+        X, Y, epochs=60, verbose=0, callbacks=[callback]
+    ).history
+    assert callback.reached
+    assert history["loss"][-1] <= 1e-3 < history["loss"][-2]
+    assert history["time_to_target"] == sorted(
+        history["time_to_target"], reverse=True
+    )
+
+
+def test_examples_are_those_of_the_trainer():
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    told = Told(val_accuracy=[0.1, 0.2, 0.95, 0.1])
+    history = kb.fit(
+        regressor(),
+        X,
+        Y,
+        batch_size=8,
+        policy="fixed",
+        epochs=4,
+        verbose=0,
+        callbacks=[told, callback],
+    ).history
+    assert history["examples_seen"] == [256.0, 512.0, 768.0]
+    assert history["examples_to_target"][-1] == 768.0
+    # Not reached: over the four epochs that were planned.
+    assert 4 * 256 < history["examples_to_target"][0] < 8 * 256
+
+
+def test_budget_of_examples_ends_training():
+    callback = kb.TimeToTarget("loss", 0.0, budget=100, budget_examples=512)
+    history = kb.fit(
+        regressor(),
+        X,
+        Y,
+        batch_size=8,
+        policy="fixed",
+        epochs=9,
+        verbose=0,
+        callbacks=[callback],
+    ).history
+    assert 2 <= len(history["loss"]) <= 3
+    assert 512 < history["examples_to_target"][-1] < 1024
+
+
+def test_plain_fit_counts_no_examples():
+    callback = kb.TimeToTarget("loss", 0.0, budget=100)
+    history = train(callback, 1, [0.0])
+    assert "examples_to_target" not in history
+    assert "examples_seen" not in history
+
+
+# State.
+
+
+def test_clock_and_arrival_go_on_from_a_state(monkeypatch):
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    whole = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    expected = train(whole, 4, [0.5, 0.3, 0.95, 0.9], batch_size=64)
+
+    first = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    train(first, 2, [0.5, 0.3], batch_size=64)
+    second = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    history = train(second, 2, [0.95, 0.9], batch_size=64)
+
+    assert history["time_to_target"][-1] == expected["time_to_target"][-1]
+    assert history["training_seconds"][-1] == expected["training_seconds"][-1]
+
+
+def test_who_has_arrived_trains_no_more_and_reports_the_same():
+    first = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    reported = train(first, 2, [0.5, 0.95])["time_to_target"][-1]
+    second = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    second.set_state(first.get_state())
+    model = regressor()
+    history = model.fit(
+        X,
+        Y,
+        batch_size=8,
+        epochs=5,
+        verbose=0,
+        callbacks=[Told(val_accuracy=[0.2] * 5), second],
+    )
+    assert history.history["time_to_target"] == [reported]
+    assert int(model.optimizer.iterations) == 1
+
+
+def test_copies_start_anew():
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    copy.deepcopy(callback)
+    train(callback, 1, [0.95])
+    twin = copy.deepcopy(callback)
+    history = train(twin, 1, [0.2])
+    assert not twin.reached
+    assert history["time_to_target"][0] > 100.0
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (("val_loss", "low", 10), TypeError, "Received: target='low'"),
+        (("val_loss", 0.1, 0), ValueError, "Received: budget=0"),
+        (("val_f1", 0.9, 10), ValueError, "monitor='val_f1'"),
+        (("val_loss", 0.1, 10, "up"), ValueError, "Received: mode='up'"),
+        (
+            ("val_loss", 0.1, 10, "auto", 0),
+            ValueError,
+            "Received: budget_examples=0",
+        ),
+    ],
+)
+def test_errors_name_argument_and_remedy(arguments, kind, text):
+    with pytest.raises(kind, match="Use ") as caught:
+        kb.TimeToTarget(*arguments)
+    assert text in str(caught.value)
+
+
+def test_unknown_monitor_is_told_with_those_there_are():
+    callback = kb.TimeToTarget("accuracy", 0.9, budget=10)
+    with pytest.raises(ValueError, match=r"have \['loss', 'val_accuracy'\]"):
+        train(callback, 1, [0.5])
+
+
+def test_validation_may_be_left_out_of_an_epoch():
+    callback = kb.TimeToTarget("val_loss", 1e-9, budget=10)
+    history = regressor().fit(
+        X,
+        Y,
+        epochs=2,
+        verbose=0,
+        validation_split=0.2,
+        validation_freq=2,
+        callbacks=[callback],
+    )
+    reports = history.history["time_to_target"]
+    assert reports[0] == 20.0 > reports[1]

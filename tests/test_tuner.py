@@ -1,0 +1,668 @@
+"""KerasTuner: real searches with all its tuners, and what may go wrong."""
+
+import json
+import math
+import pathlib
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_batchsize as kb
+from keras_batchsize import tuner as kbt
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(1024, 8)).astype("float32")
+Y = (X[:, 0] * X[:, 1] > 0).astype("int32")
+VALIDATION = (X[:256], Y[:256])
+TARGET = kbt.Target("val_accuracy", 0.85, budget_seconds=20)
+METRICS = {
+    "batch_size",
+    "examples_per_second",
+    "examples_seen",
+    "examples_to_target",
+    "time_to_target",
+    "training_seconds",
+    "tracing_seconds",
+    "val_accuracy",
+    "val_loss",
+}
+
+# A name is looked up in a thread's old way (oracle.py), and the all-NaN mean
+# of a metric is no matter.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(currentThread|getName).*:DeprecationWarning",
+)
+
+
+def build(hp, rate=0.05):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(hp.Choice("units", [16, 32]), "relu"),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(rate, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def space(**arguments):
+    settings = {"initial": (8, 32), "max_batch_size": 64, **arguments}
+    return kbt.BatchSizeSpace(**settings)
+
+
+def search(
+    tmp_path,
+    hypermodel,
+    kind="RandomSearch",
+    objective=("time_to_target", "min"),
+    fit=(),
+    **arguments,
+):
+    """Searches; returns the tuner."""
+    lengths = {"max_epochs": 2, "factor": 2}
+    if kind != "Hyperband":
+        lengths = {"max_trials": 3}
+        fit = {"epochs": 2, **dict(fit)}
+    tuner = getattr(keras_tuner, kind)(
+        hypermodel,
+        objective=keras_tuner.Objective(*objective),
+        directory=tmp_path,
+        seed=1,
+        **{**lengths, **arguments},
+    )
+    fit = {"x": X, "y": Y, "validation_data": VALIDATION, **dict(fit)}
+    tuner.search(verbose=0, **fit)
+    return tuner
+
+
+def trials_of(tuner):
+    return list(tuner.oracle.trials.values())
+
+
+def metrics_of(trial):
+    return {
+        name: one.get_best_value()
+        for name, one in trial.metrics.metrics.items()
+    }
+
+
+# Searches.
+
+
+@pytest.mark.parametrize(
+    "kind", ["RandomSearch", "BayesianOptimization", "GridSearch", "Hyperband"]
+)
+def test_every_tuner_searches_with_it(kind, tmp_path):
+    tuner = search(
+        tmp_path, kbt.AdaptiveHyperModel(build, space(), TARGET), kind
+    )
+    trials = trials_of(tuner)
+    assert len(trials) >= 3
+    for trial in trials:
+        assert trial.status == "COMPLETED", trial.message
+        values, metrics = trial.hyperparameters.values, metrics_of(trial)
+        assert METRICS <= set(metrics)
+        assert all(map(math.isfinite, metrics.values())), metrics
+        assert 0.0 < trial.score <= 40.0
+        size = metrics["batch_size"]
+        if values["batch_size/policy"] == "fixed":
+            assert size == values["batch_size/initial"]
+            assert "noise_scale" not in metrics
+        assert 8 <= size <= 64
+    assert len(tuner.get_best_models(1)) == 1
+
+
+def test_a_fixed_size_trains_as_plain_fit_does(tmp_path):
+    # Law 1 of docs/design.md, through KerasTuner.
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["fixed"])),
+        objective=("val_loss", "min"),
+    )
+    for trial in trials_of(tuner):
+        model = build(trial.hyperparameters)
+        size = trial.hyperparameters.get("batch_size/initial")
+        history = model.fit(
+            X,
+            Y,
+            batch_size=size,
+            epochs=2,
+            validation_data=VALIDATION,
+            verbose=0,
+        )
+        assert trial.score == min(history.history["val_loss"])
+
+
+class Recorded(keras_tuner.HyperModel):
+    """A hypermodel with a `fit` of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.histories = []
+
+    def build(self, hp):
+        return build(hp)
+
+    def declare_hyperparameters(self, hp):
+        hp.Int("epochs", 1, 2)
+
+    def fit(self, hp, model, *args, **kwargs):
+        kwargs["epochs"] = hp.get("epochs")
+        history = model.fit(*args, **kwargs)
+        self.histories.append(history.history)
+        return history
+
+
+def test_executions_start_anew_and_are_averaged(tmp_path):
+    inner = Recorded()
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(inner, space(), TARGET),
+        max_trials=2,
+        executions_per_trial=2,
+    )
+    assert len(inner.histories) == 4
+    for index, trial in enumerate(trials_of(tuner)):
+        pair = inner.histories[2 * index : 2 * index + 2]
+        epochs = trial.hyperparameters.get("epochs")
+        for history in pair:
+            assert len(history["loss"]) <= epochs
+            # A clock that went on would have seen the first execution, too.
+            assert history["examples_seen"][0] == 1024.0
+        expected = np.mean([min(one["time_to_target"]) for one in pair])
+        assert trial.score == pytest.approx(expected)
+
+
+def test_a_fit_of_several_parts_is_one_training(tmp_path):
+    class InTwoParts(Recorded):
+        def fit(self, hp, model, *args, **kwargs):
+            super().fit(hp, model, *args, **kwargs)
+            return super().fit(hp, model, *args, **kwargs)
+
+    inner = InTwoParts()
+    target = kbt.Target("val_accuracy", 2.0, budget_seconds=20)
+    search(
+        tmp_path, kbt.AdaptiveHyperModel(inner, space(), target), max_trials=1
+    )
+    first, second = inner.histories
+    assert second["examples_seen"][0] == first["examples_seen"][-1] + 1024
+    assert second["training_seconds"][-1] > first["training_seconds"][-1]
+
+
+def test_datasets_are_searched_with_every_size(tmp_path):
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["fixed"]), TARGET),
+        fit={"x": data, "y": None},
+    )
+    for trial in trials_of(tuner):
+        size = trial.hyperparameters.get("batch_size/initial")
+        assert metrics_of(trial)["batch_size"] == size
+        assert metrics_of(trial)["examples_seen"] <= 2048
+
+
+class OwnTuner(keras_tuner.RandomSearch):
+    """A tuner that calls the hypermodel itself, without callbacks."""
+
+    def run_trial(self, trial, *args, **kwargs):
+        hp = trial.hyperparameters
+        model = self.hypermodel.build(hp)
+        history = self.hypermodel.fit(hp, model, *args, **kwargs).history
+        return {"time_to_target": history["time_to_target"][-1]}
+
+
+def test_tuners_of_users_search_with_it(tmp_path):
+    tuner = OwnTuner(
+        kbt.AdaptiveHyperModel(build, space(), TARGET),
+        objective=keras_tuner.Objective("time_to_target", "min"),
+        max_trials=2,
+        directory=tmp_path,
+    )
+    tuner.search(X, Y, validation_data=VALIDATION, epochs=1, verbose=0)
+    assert [one.status for one in trials_of(tuner)] == ["COMPLETED"] * 2
+
+
+def test_each_trial_leaves_its_report(tmp_path):
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["measure"]), TARGET),
+        max_trials=1,
+    )
+    (trial,) = trials_of(tuner)
+    folder = pathlib.Path(tuner.get_trial_dir(trial.trial_id))
+    report = kb.Report.load(folder / "batch_size_report.json")
+    assert report.examples == metrics_of(trial)["examples_seen"]
+    assert "noise_scale" in trial.metrics.metrics
+
+
+# Hyperband goes on.
+
+
+def test_hyperband_goes_on_from_batch_size_clock_and_statistics(tmp_path):
+    target = kbt.Target("val_accuracy", 2.0, budget_seconds=1000)
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["measure"]), target),
+        "Hyperband",
+        max_epochs=4,
+    )
+    by_id = {one.trial_id: one for one in trials_of(tuner)}
+    resumed = 0
+    for trial in by_id.values():
+        values = trial.hyperparameters.values
+        if "tuner/trial_id" not in values:
+            continue
+        resumed += 1
+        past = metrics_of(by_id[values["tuner/trial_id"]])
+        metrics = metrics_of(trial)
+        if metrics["time_to_target"] < past["time_to_target"]:
+            # At the best epoch of both: whole epochs after what went before.
+            more = metrics["examples_seen"] - past["examples_seen"]
+            assert more > 0 and more % 1024 == 0
+        assert metrics["time_to_target"] <= past["time_to_target"]
+        assert metrics["training_seconds"] > past["training_seconds"]
+    assert resumed >= 2
+
+
+def resume(tmp_path, state, **values):
+    """Fits a trial that goes on from a trial with a given state.
+
+    Returns:
+        The history.
+    """
+
+    class TunerCallback(keras.callbacks.Callback):
+        """What KerasTuner hands over under this name, as far as it is used."""
+
+        class tuner:
+            class oracle:
+                objective = keras_tuner.Objective("time_to_target", "min")
+                max_epochs = 4
+
+            @staticmethod
+            def get_trial_dir(trial_id):
+                folder = tmp_path / trial_id
+                folder.mkdir(exist_ok=True)
+                return str(folder)
+
+        class trial:
+            trial_id = "new"
+
+    path = pathlib.Path(TunerCallback.tuner.get_trial_dir("old"))
+    (path / "batch_size.json").write_text(json.dumps(state))
+    hypermodel = kbt.AdaptiveHyperModel(
+        build, space(policies=["measure"]), TARGET
+    )
+    hp = keras_tuner.HyperParameters()
+    hp.values = {
+        "batch_size/initial": 8,
+        "tuner/trial_id": "old",
+        "tuner/epochs": 2,
+        **values,
+    }
+    return hypermodel.fit(
+        hp,
+        hypermodel.build(hp),
+        X,
+        Y,
+        epochs=2,
+        initial_epoch=1,
+        verbose=0,
+        validation_data=VALIDATION,
+        callbacks=[TunerCallback()],
+    ).history
+
+
+def training_state():
+    """Returns the state after an epoch at 32, from a base of 8."""
+    policy = kb.policies.BatchSizeSchedule({0: 32})
+    trainer = kb.AdaptiveTrainer(
+        build(keras_tuner.HyperParameters()),
+        policy,
+        max_batch_size=64,
+        verbose=0,
+    )
+    trainer.fit(X, Y, batch_size=8, verbose=0)
+    controller = {**trainer.get_state(), "policy": {}}
+    return {"controller": controller, "factor": 4.0, "seconds": 1.0}
+
+
+def target_state(**changed):
+    state = TARGET.make_callback().get_state()
+    return {**state, **changed}
+
+
+def test_a_resumed_trial_starts_from_the_size_it_had(tmp_path):
+    state = {"training": training_state(), "target": target_state()}
+    history = resume(tmp_path, state)
+    # "measure" holds the size of the state, 32; its own initial size is 8.
+    assert history["batch_size"] == [32.0]
+    assert history["examples_seen"] == [2048.0]
+
+
+def test_a_resumed_trial_that_has_arrived_reports_the_same_again(tmp_path):
+    reached = {"seconds": 1.25, "examples": 512.0}
+    state = {
+        "training": training_state(),
+        "target": target_state(reached=reached, best=0.9),
+    }
+    history = resume(tmp_path, state)
+    assert history["time_to_target"] == [1.25]
+    assert history["examples_to_target"] == [512.0]
+    # One superbatch was enough to be told.
+    assert history["examples_seen"][0] - 1024 < 512
+
+
+def test_state_of_another_base_size_gives_the_clock_only(tmp_path):
+    state = {"training": training_state(), "target": target_state(best=0.84)}
+    history = resume(tmp_path, state, **{"batch_size/initial": 16})
+    assert history["batch_size"] == [16.0]
+    assert history["time_to_target"][0] <= 20.0 * (1.0 + 0.01 / 0.85)
+
+
+# What goes wrong in a trial.
+
+
+@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
+@pytest.mark.parametrize(
+    "objective", [("val_loss", "min"), ("time_to_target", "min")]
+)
+def test_diverging_trials_are_completed_with_a_finite_objective(
+    objective, tmp_path
+):
+    def diverging(hp):
+        # The first superbatch already ends with a loss of NaN.
+        return build(hp, rate=1e30)
+
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(diverging, space(), TARGET),
+        "BayesianOptimization",
+        objective,
+        max_trials=5,
+    )
+    untrained = build(keras_tuner.HyperParameters()).evaluate(
+        *VALIDATION, verbose=0
+    )
+    for trial in trials_of(tuner):
+        assert trial.status == "COMPLETED", trial.message
+        assert math.isfinite(trial.score)
+        if objective[0] == "val_loss":
+            # As good as an untrained model, of whatever size.
+            assert trial.score == pytest.approx(untrained[0], abs=0.5)
+        else:
+            assert 20.0 < trial.score <= 40.0
+        # It was ended at once.
+        assert metrics_of(trial)["examples_seen"] < 1024
+
+
+def run_out(inputs):
+    # TensorFlow makes a `ResourceExhaustedError` of it. A real allocator would
+    # first wait ten seconds for memory.
+    raise MemoryError("more than there is")
+
+
+class TooLarge(keras.layers.Layer):
+    """Cannot be trained on a batch of any size."""
+
+    def call(self, inputs, training=False):
+        if not training:
+            return inputs
+        wanted = tf.py_function(run_out, [inputs], tf.float32)
+        return inputs + tf.reduce_sum(wanted)
+
+
+def too_large(hp):
+    model = build(hp)
+    large = keras.Sequential([keras.Input((8,)), TooLarge(), *model.layers])
+    large.compile(
+        keras.optimizers.SGD(0.05), model.loss, metrics=["accuracy"]
+    )
+    return large
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "penalty"),
+    [
+        ("RandomSearch", ("time_to_target", "min"), 40.0),
+        ("Hyperband", ("examples_to_target", "min"), 4096.0),
+        ("RandomSearch", ("examples_per_second", "max"), 0.0),
+        ("RandomSearch", ("val_loss", "min"), None),
+    ],
+)
+def test_trials_out_of_memory_get_a_finite_objective(
+    kind, objective, penalty, tmp_path
+):
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            too_large, space(initial=(32, 64), policies=["fixed"]), TARGET
+        ),
+        kind,
+        objective,
+    )
+    trials = trials_of(tuner)
+    assert len(trials) >= 3
+    for trial in trials:
+        assert trial.status == "COMPLETED", trial.message
+        if penalty is not None:
+            assert trial.score == penalty
+
+
+def test_running_out_of_memory_can_fail_the_trial(tmp_path):
+    with pytest.raises(RuntimeError, match="consecutive failures"):
+        search(
+            tmp_path,
+            kbt.AdaptiveHyperModel(
+                too_large,
+                space(initial=(32, 64), policies=["fixed"]),
+                TARGET,
+                on_oom="fail",
+            ),
+        )
+
+
+# The memory probe.
+
+
+class Probe:
+    """A probe that finds that a given size fits."""
+
+    def __init__(self, largest):
+        self.largest = largest
+        self.calls = []
+
+    def __call__(self, model, x, y):
+        self.calls.append((model.count_params(), len(x), len(y)))
+        return self.largest
+
+
+def test_the_probe_caps_sizes_and_runs_once_per_kind_of_model(tmp_path):
+    probe = Probe(20)
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            build, space(policies=["fixed"]), TARGET, memory_probe=probe
+        ),
+        "GridSearch",
+        max_trials=6,
+    )
+    for trial in trials_of(tuner):
+        initial = trial.hyperparameters.get("batch_size/initial")
+        assert metrics_of(trial)["batch_size"] == min(initial, 16)
+    # Three sizes of two models, which have 16 and 32 units.
+    assert sorted(probe.calls) == [
+        (16 * 9 + 2 * 17, 1024, 1024),
+        (32 * 9 + 2 * 33, 1024, 1024),
+    ]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_rate_follows_a_capped_initial_size(scheduled, tmp_path):
+    rate = 0.05
+    if scheduled:
+        rate = keras.optimizers.schedules.ExponentialDecay(0.05, 1000, 0.5)
+
+    hypermodel = kbt.AdaptiveHyperModel(
+        lambda hp: build(hp, rate),
+        space(initial=(32, 32), policies=["fixed"], learning_rate_rules=["linear"]),
+        memory_probe=Probe(16),
+    )
+    hp = keras_tuner.HyperParameters()
+    hp.values = {"units": 16}
+    capped = hypermodel.build(hp)
+    hypermodel.fit(hp, capped, X, Y, epochs=1, verbose=0, shuffle=False)
+
+    if scheduled:
+        # At 16 a step of the schedule is two: half the rate, twice as long.
+        rate = keras.optimizers.schedules.ExponentialDecay(0.025, 2000, 0.5)
+    else:
+        rate = 0.025
+    plain = build(hp, rate)
+    plain.fit(X, Y, batch_size=16, epochs=1, verbose=0, shuffle=False)
+    for ours, theirs in zip(capped.weights, plain.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_is_probed_on_a_processor():
+    from keras_batchsize._tuner_probe import CachedProbe
+
+    model = build(keras_tuner.HyperParameters())
+    if not tf.config.list_physical_devices("GPU"):
+        assert CachedProbe("auto").limit(model, X, Y) is None
+    assert CachedProbe(False).limit(model, X, Y) is None
+
+
+# Configurations that cannot work.
+
+
+def uncompiled(hp):
+    return keras.Sequential([keras.Input((8,)), keras.layers.Dense(2)])
+
+
+class OwnStep(keras.Sequential):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def own_step(hp):
+    model = OwnStep(build(hp).layers)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("builder", "options", "objective", "fit", "text"),
+    [
+        (build, {"target": None}, "time_to_target", {}, "target=kbt.Target"),
+        (build, {}, "val_f1", {}, "Received: objective='val_f1'"),
+        (
+            build,
+            {"target": kbt.Target("accuracy_score", 0.9, 10, mode="max")},
+            "val_loss",
+            {},
+            "monitor='accuracy_score'",
+        ),
+        (
+            build,
+            {},
+            "time_to_target",
+            {"validation_data": None},
+            "monitor='val_accuracy'",
+        ),
+        (build, {}, "val_loss", {"batch_size": 8}, "Received: batch_size=8"),
+        (build, {}, "val_loss", {"workers": 2}, "'workers'"),
+        (uncompiled, {}, "val_loss", {}, "must be compiled"),
+        (own_step, {}, "val_loss", {}, "train_step"),
+    ],
+)
+def test_a_wrong_configuration_ends_the_search_with_its_message(
+    builder, options, objective, fit, text, tmp_path
+):
+    settings = {"target": TARGET, **options}
+    hypermodel = kbt.AdaptiveHyperModel(
+        builder, space(policies=["goodput"]), **settings
+    )
+    with pytest.raises(keras_tuner.errors.FatalError) as caught:
+        search(tmp_path, hypermodel, objective=(objective, "min"), fit=fit)
+    assert text in str(caught.value)
+    # No second trial was started.
+    assert len(list(tmp_path.glob("*/trial_*"))) == 1
+
+
+def test_errors_of_users_are_left_to_keras_tuner(tmp_path):
+    def failing(hp):
+        raise ValueError("only for these hyperparameters")
+
+    hypermodel = kbt.AdaptiveHyperModel(failing, space(), TARGET)
+    with pytest.raises(ValueError, match="only for these"):
+        hypermodel.build(keras_tuner.HyperParameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (("model",), TypeError, "Received: hypermodel='model'"),
+        ((build, (16, 512)), TypeError, "Received: space=(16, 512)"),
+        ((build, None, 0.9), TypeError, "Received: target=0.9"),
+        ((build, None, None, "stop"), ValueError, "on_oom='stop'"),
+        ((build, None, None, "fail", math.inf), ValueError, "penalty=inf"),
+        ((build, None, None, "fail", 1.0, 3), TypeError, "memory_probe=3"),
+    ],
+)
+def test_errors_name_argument_and_remedy(arguments, kind, text):
+    with pytest.raises(kind) as caught:
+        kbt.AdaptiveHyperModel(*arguments)
+    assert text in str(caught.value)
+
+
+def test_model_is_its_own_again_after_a_trial(tmp_path):
+    hypermodel = kbt.AdaptiveHyperModel(build, space(), TARGET)
+    hp = keras_tuner.HyperParameters()
+    model = hypermodel.build(hp)
+    with pytest.raises(keras_tuner.errors.FatalValueError):
+        hypermodel.fit(hp, model, X, Y, batch_size=8, verbose=0)
+    assert "fit" not in vars(model)
+    assert model.fit.__self__ is model
+
+
+# Where KerasTuner is missing, and where workers share a machine.
+
+
+def test_it_is_not_imported_with_the_package(run_python):
+    process = run_python(
+        "-c",
+        "import sys, keras_batchsize as kb; kb.AdaptiveTrainer; "
+        "kb.TimeToTarget; sys.exit('keras_tuner' in sys.modules)",
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_where_it_is_missing_the_error_says_what_to_install(run_python):
+    process = run_python(
+        "-c",
+        "import sys; sys.modules['keras_tuner'] = None; "
+        "from keras_batchsize import tuner",
+    )
+    assert 'pip install "keras-tuner>=1.4.8"' in process.stderr
+    assert process.returncode == 1
+
+
+def test_times_of_workers_on_one_machine_are_warned_of(monkeypatch):
+    monkeypatch.setenv("KERASTUNER_ORACLE_IP", "127.0.0.1")
+    hypermodel = kbt.AdaptiveHyperModel(build, space(), TARGET)
+    with pytest.warns(UserWarning, match="examples_to_target"):
+        hypermodel._warn_of_shared_clock({"time_to_target": "min"})
+    # Once, and not for what does not depend on the machine.
+    hypermodel._warn_of_shared_clock({"time_to_target": "min"})
+    kbt.AdaptiveHyperModel(build)._warn_of_shared_clock({"val_loss": "min"})
