@@ -56,7 +56,7 @@ class Penalties:
         if name == TIME and target is not None:
             return 2.0 * target.budget
         if name == EXAMPLES and target is not None:
-            return 2.0 * target.examples_limit if target.examples_limit else None
+            return 2.0 * target.examples_limit or None
         if name in _ZERO_IS_WORST and direction == "max":
             return 0.0
         if name not in self._untrained:

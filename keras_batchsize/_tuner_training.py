@@ -1,14 +1,15 @@
 """One `fit` of a trial: the trainer in place of `model.fit`."""
 
-import contextlib
-import inspect
 import math
 
 import keras
-import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize._callbacks_base import train_function_of
+from keras_batchsize._tuner_fit import bound
+from keras_batchsize._tuner_fit import examples_of_epoch
+from keras_batchsize._tuner_fit import ran_out
+from keras_batchsize._tuner_fit import replaced_fit
 from keras_batchsize._tuner_penalty import untrained_value
 from keras_batchsize._tuner_space import rate_factor
 from keras_batchsize._tuner_target import EXAMPLES
@@ -88,12 +89,12 @@ class TrialTraining:
             What that returns; a dict of penalties where memory ran out.
         """
         try:
-            with _replaced_fit(model, self._fit):
+            with replaced_fit(model, self._fit):
                 results = self._hypermodel.hypermodel.fit(
                     self._hp, model, *args, **kwargs
                 )
         except Exception as error:
-            if self._hypermodel.on_oom == "fail" or not _ran_out(error):
+            if self._hypermodel.on_oom == "fail" or not ran_out(error):
                 raise
             results = self._penalised(model)
             if results is None:
@@ -105,7 +106,7 @@ class TrialTraining:
     # In place of `model.fit`.
 
     def _fit(self, model, *args, **kwargs):
-        arguments = _bound(args, kwargs)
+        arguments = bound(args, kwargs)
         self._arguments = arguments
         if arguments.get("batch_size") is not None:
             raise ValueError(
@@ -115,7 +116,7 @@ class TrialTraining:
                 "kbt.BatchSizeSpace(initial=(32, 32)) for 32 in every trial."
             )
         if self._target is not None:
-            self._target.epoch_examples = _examples_of_epoch(arguments)
+            self._target.epoch_examples = examples_of_epoch(arguments)
         trainer, base = self._trainer_for(model, arguments)
         callbacks = keras.tree.flatten(arguments.pop("callbacks", None) or [])
         ours = [one for one in (self._target,) if one is not None]
@@ -319,73 +320,3 @@ class _ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
 def _base_of(state):
     return state["training"]["controller"]["base_batch_size"]
-
-
-@contextlib.contextmanager
-def _replaced_fit(model, fit):
-    """Lets `model.fit` be another function, while in scope.
-
-    That function is called with the model, whose `fit` is then its own again.
-    Put among the attributes directly: Keras would track what is assigned.
-    """
-
-    def fit_instead(*args, **kwargs):
-        with _own_fit(model):
-            return fit(model, *args, **kwargs)
-
-    vars(model)["fit"] = fit_instead
-    try:
-        yield
-    finally:
-        vars(model).pop("fit", None)
-
-
-@contextlib.contextmanager
-def _own_fit(model):
-    replaced = vars(model).pop("fit")
-    try:
-        yield
-    finally:
-        vars(model)["fit"] = replaced
-
-
-def _bound(args, kwargs):
-    """Returns the arguments of a call of `fit` by name."""
-    try:
-        signature = inspect.signature(AdaptiveTrainer.fit)
-        bound = signature.bind(None, *args, **kwargs)
-    except TypeError as error:
-        raise TypeError(
-            "`search` must be given arguments of `Model.fit`: each trial is "
-            f"trained with them. Received: {error}. Leave that out."
-        ) from error
-    arguments = dict(bound.arguments)
-    del arguments["self"]
-    return arguments
-
-
-def _examples_of_epoch(arguments):
-    """Returns the number of examples of an epoch; 0 if that is not told."""
-    x, steps = arguments.get("x"), arguments.get("steps_per_epoch")
-    if steps is not None:
-        return 0
-    if isinstance(x, tf.data.Dataset):
-        batches = int(x.cardinality())
-        return max(batches, 0) * (keras_private.batch_size_of(x) or 0)
-    try:
-        examples = len(keras.tree.flatten(x)[0])
-    except TypeError:
-        return 0
-    if arguments.get("validation_data") is not None:
-        return examples
-    return math.floor(examples * (1.0 - arguments.get("validation_split", 0)))
-
-
-def _ran_out(error):
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
-        return True
-    text = str(error)
-    return isinstance(error, (tf.errors.OpError, RuntimeError)) and (
-        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    )

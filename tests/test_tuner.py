@@ -248,20 +248,41 @@ def test_each_trial_leaves_its_report(tmp_path):
 # Hyperband goes on.
 
 
-def test_hyperband_goes_on_from_batch_size_clock_and_statistics(tmp_path):
+class Starts(keras_tuner.HyperModel):
+    """Notes what the optimizer has when training starts."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = []
+
+    def build(self, hp):
+        return build(hp)
+
+    def fit(self, hp, model, *args, **kwargs):
+        updates, _, *momentum = model.optimizer.variables
+        moves = max(float(np.abs(one).max()) for one in momentum)
+        self.slots.append((int(updates), moves))
+        return model.fit(*args, **kwargs)
+
+
+def test_hyperband_goes_on_from_clock_statistics_and_momentum(tmp_path):
     target = kbt.Target("val_accuracy", 2.0, budget_seconds=1000)
+    inner = Starts()
     tuner = search(
         tmp_path,
-        kbt.AdaptiveHyperModel(build, space(policies=["measure"]), target),
+        kbt.AdaptiveHyperModel(inner, space(policies=["measure"]), target),
         "Hyperband",
         max_epochs=4,
     )
     by_id = {one.trial_id: one for one in trials_of(tuner)}
     resumed = 0
-    for trial in by_id.values():
+    for trial, slots in zip(by_id.values(), inner.slots, strict=True):
         values = trial.hyperparameters.values
         if "tuner/trial_id" not in values:
+            assert slots == (0, 0.0)
             continue
+        assert slots[0] % (1024 // values["batch_size/initial"]) == 0
+        assert min(slots) > 0.0
         resumed += 1
         past = metrics_of(by_id[values["tuner/trial_id"]])
         metrics = metrics_of(trial)
@@ -515,7 +536,9 @@ def test_the_rate_follows_a_capped_initial_size(scheduled, tmp_path):
 
     hypermodel = kbt.AdaptiveHyperModel(
         lambda hp: build(hp, rate),
-        space(initial=(32, 32), policies=["fixed"], learning_rate_rules=["linear"]),
+        space(
+            initial=(32, 32), policies=["fixed"], learning_rate_rules=["linear"]
+        ),
         memory_probe=Probe(16),
     )
     hp = keras_tuner.HyperParameters()

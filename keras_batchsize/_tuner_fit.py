@@ -1,0 +1,81 @@
+"""A call of `model.fit`: taking its place, and what its arguments tell."""
+
+import contextlib
+import inspect
+import math
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+from keras_batchsize.trainer import AdaptiveTrainer
+
+
+@contextlib.contextmanager
+def replaced_fit(model, fit):
+    """Lets `model.fit` be another function, while in scope.
+
+    That function is called with the model, whose `fit` is then its own again.
+    Put among the attributes directly: Keras would track what is assigned.
+    """
+
+    def fit_instead(*args, **kwargs):
+        with _own_fit(model):
+            return fit(model, *args, **kwargs)
+
+    vars(model)["fit"] = fit_instead
+    try:
+        yield
+    finally:
+        vars(model).pop("fit", None)
+
+
+@contextlib.contextmanager
+def _own_fit(model):
+    replaced = vars(model).pop("fit")
+    try:
+        yield
+    finally:
+        vars(model)["fit"] = replaced
+
+
+def bound(args, kwargs):
+    """Returns the arguments of a call of `fit` by name."""
+    try:
+        signature = inspect.signature(AdaptiveTrainer.fit)
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            "`search` must be given arguments of `Model.fit`: each trial is "
+            f"trained with them. Received: {error}. Leave that out."
+        ) from error
+    arguments = dict(bound.arguments)
+    del arguments["self"]
+    return arguments
+
+
+def examples_of_epoch(arguments):
+    """Returns the number of examples of an epoch; 0 if that is not told."""
+    x, steps = arguments.get("x"), arguments.get("steps_per_epoch")
+    if steps is not None:
+        return 0
+    if isinstance(x, tf.data.Dataset):
+        batches = int(x.cardinality())
+        return max(batches, 0) * (keras_private.batch_size_of(x) or 0)
+    try:
+        examples = len(keras.tree.flatten(x)[0])
+    except TypeError:
+        return 0
+    if arguments.get("validation_data") is not None:
+        return examples
+    return math.floor(examples * (1.0 - arguments.get("validation_split", 0)))
+
+
+def ran_out(error):
+    """Whether an exception says that memory ran out."""
+    if isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
+        return True
+    text = str(error)
+    return isinstance(error, (tf.errors.OpError, RuntimeError)) and (
+        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    )
