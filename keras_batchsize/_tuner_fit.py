@@ -69,13 +69,3 @@ def examples_of_epoch(arguments):
     if arguments.get("validation_data") is not None:
         return examples
     return math.floor(examples * (1.0 - arguments.get("validation_split", 0)))
-
-
-def ran_out(error):
-    """Whether an exception says that memory ran out."""
-    if isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)):
-        return True
-    text = str(error)
-    return isinstance(error, (tf.errors.OpError, RuntimeError)) and (
-        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    )

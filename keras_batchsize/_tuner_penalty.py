@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_batchsize._tuner_target import EXAMPLES
 from keras_batchsize._tuner_target import TIME
+from keras_batchsize.exhaustion import is_out_of_memory
 
 # The untrained model is evaluated on so many examples, or batches of a dataset.
 _EXAMPLES = 1024
@@ -86,10 +87,15 @@ def untrained_value(name, build, arguments):
     few = _first_of(x, y)
     if few is None:
         return None
-    model = build()
-    if not model.compiled:
-        return None
-    logs = model.evaluate(**few, verbose=0, return_dict=True)
+    try:
+        model = build()
+        if not model.compiled:
+            return None
+        logs = model.evaluate(**few, verbose=0, return_dict=True)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return None
+        raise
     value = logs.get(name.removeprefix("val_"), math.nan)
     return float(value) if math.isfinite(value) else None
 

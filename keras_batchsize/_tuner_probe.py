@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from keras_batchsize.memory import find_max_batch_size
+
 
 class CachedProbe:
     """Caps batch sizes by the memory probe.
@@ -26,33 +28,42 @@ class CachedProbe:
         self._probe = probe
         self._known = {}
 
-    def limit(self, model, x, y):
+    def limit(self, model, x, y, maximum):
         """Returns the largest batch size that fits, or None without a probe.
 
         Args:
             model: The compiled model of a trial.
             x: Training data.
             y: Targets.
+            maximum: Largest size of interest, or None.
+
+        Raises:
+            MemoryError: If not a single example fits: a matter of this trial.
         """
-        if self._probe == "auto" and not _has_accelerator():
-            return None
         if self._probe is False:
             return None
-        # What a batch takes depends on both, and on no other hyperparameter
-        # that would change neither; a model that is not built yet shows
-        # nothing.
+        if self._probe == "auto" and not _has_accelerator():
+            return None
+        # The memory of a batch follows from these. A model that is not built
+        # yet does not show its weights.
         shapes = tuple(tuple(one.shape) for one in model.weights)
         key = shapes, model.dtype_policy.name
         if shapes and key in self._known:
             return self._known[key]
-        found = self._find(model, x, y)
-        if shapes:
-            self._known[key] = found
+        try:
+            found = self._find(model, x, y, maximum)
+        except ValueError as error:
+            if str(error).startswith("No batch size fits"):
+                raise MemoryError(str(error)) from error
+            raise
+        self._known[key] = found
         return found
 
-    def _find(self, model, x, y):
-        probe = self._probe if callable(self._probe) else None
-        found = probe(model, x, y)
+    def _find(self, model, x, y, maximum):
+        if callable(self._probe):
+            found = self._probe(model, x, y)
+        else:
+            found = find_max_batch_size(model, x, y, maximum=maximum)
         return int(getattr(found, "max_batch_size", found))
 
 

@@ -8,7 +8,6 @@ from keras_batchsize import keras_private
 from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._tuner_fit import bound
 from keras_batchsize._tuner_fit import examples_of_epoch
-from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_fit import replaced_fit
 from keras_batchsize._tuner_penalty import untrained_value
 from keras_batchsize._tuner_space import rate_factor
@@ -17,6 +16,7 @@ from keras_batchsize._tuner_target import TIME
 from keras_batchsize._tuner_trial import KeepState
 from keras_batchsize._tuner_trial import TrialFiles
 from keras_batchsize.callbacks import BatchSizeTensorBoard
+from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
 
 
@@ -94,7 +94,7 @@ class TrialTraining:
                     self._hp, model, *args, **kwargs
                 )
         except Exception as error:
-            if self._hypermodel.on_oom == "fail" or not ran_out(error):
+            if self._hypermodel.on_oom == "fail" or not is_out_of_memory(error):
                 raise
             results = self._penalised(model)
             if results is None:
@@ -143,7 +143,7 @@ class TrialTraining:
             return self._trainer, self._base
         base, maximum = setting.initial, space.max_batch_size
         limit = self._hypermodel.memory_probe.limit(
-            model, arguments.get("x"), arguments.get("y")
+            model, arguments.get("x"), arguments.get("y"), maximum
         )
         if limit is not None:
             while base > limit and base % 2 == 0:

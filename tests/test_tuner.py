@@ -562,8 +562,36 @@ def test_nothing_is_probed_on_a_processor():
 
     model = build(keras_tuner.HyperParameters())
     if not tf.config.list_physical_devices("GPU"):
-        assert CachedProbe("auto").limit(model, X, Y) is None
-    assert CachedProbe(False).limit(model, X, Y) is None
+        assert CachedProbe("auto").limit(model, X, Y, 64) is None
+    assert CachedProbe(False).limit(model, X, Y, 64) is None
+
+
+def test_the_real_probe_is_asked_on_demand(tmp_path):
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            build, space(policies=["fixed"]), TARGET, memory_probe=True
+        ),
+        max_trials=1,
+    )
+    (trial,) = trials_of(tuner)
+    # All of 64 fits: nothing is capped.
+    initial = trial.hyperparameters.get("batch_size/initial")
+    assert metrics_of(trial)["batch_size"] == initial
+
+
+def test_a_model_that_does_not_fit_at_all_is_a_matter_of_the_trial(tmp_path):
+    def probe(model, x, y):
+        return kb.find_max_batch_size(model, x, y, memory_limit=1000)
+
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(), TARGET, memory_probe=probe),
+        max_trials=1,
+    )
+    (trial,) = trials_of(tuner)
+    assert trial.status == "COMPLETED", trial.message
+    assert trial.score == 40.0
 
 
 # Configurations that cannot work.
