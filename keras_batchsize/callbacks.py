@@ -12,6 +12,7 @@ import keras
 
 from keras_batchsize import keras_private
 from keras_batchsize import policies
+from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._callbacks_backup import BackupAndRestore
 from keras_batchsize._callbacks_base import change_of
@@ -132,7 +133,11 @@ class DynamicBatchSize(keras.callbacks.Callback):
         if not self.policy.needs_noise and self.measure_every != "auto":
             measure = self.measure_every
         return Controller(
-            self.policy, self.make_ladder(fitting), fitting, measure
+            self.policy,
+            self.make_ladder(fitting),
+            fitting,
+            measure,
+            replicas=replicas.count(self.model),
         )
 
     def on_train_begin(self, logs=None):

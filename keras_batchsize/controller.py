@@ -154,7 +154,7 @@ class Controller:
             examples_ahead: Examples whose measuring budget may be spent in
                 advance: those left to train on, at most an epoch.
         """
-        if examples != self.superbatch_size or self.accumulates_now:
+        if examples != self.superbatch_size or self.measures_for_free:
             return False
         seconds = self.timings.median(self.batch_size) or 0.0
         return self.measuring.is_due(
@@ -178,9 +178,9 @@ class Controller:
         )
 
     @property
-    def accumulates_now(self):
-        """Whether updates are accumulated, and so measured for free."""
-        return self.plan.accumulation_steps > 1
+    def measures_for_free(self):
+        """Whether updates have parts, micro-batches or those of replicas."""
+        return self.replicas > 1 or self.plan.accumulation_steps > 1
 
     # What happens.
 

@@ -8,6 +8,7 @@ that says which, not by a user.
 import contextlib
 
 import keras
+import tensorflow as tf
 from keras.src.backend.common import global_state as keras_globals
 from keras.src.losses import loss as loss_module
 from keras.src.trainers.data_adapters import array_slicing
@@ -256,3 +257,71 @@ def held_learning_rate(optimizer):
 def velocities(optimizer):
     """Returns the momentum slots of an RMSprop."""
     return optimizer._momentums
+
+
+@contextlib.contextmanager
+def gradients_are_sums(optimizers):
+    """Lets optimizers know that gradients are summed over replicas already.
+
+    Args:
+        optimizers: Keras optimizers without optimizers inside.
+
+    Yields:
+        None.
+    """
+    name = "_all_reduce_sum_gradients"
+    try:
+        for one in optimizers:
+            object.__setattr__(one, name, lambda pairs: pairs)
+        yield
+    finally:
+        for one in optimizers:
+            vars(one).pop(name, None)
+
+
+@contextlib.contextmanager
+def built_from_specs(model):
+    """Lets `fit` and `evaluate` build a model without reading any data.
+
+    Under a strategy Keras reads a batch and averages it over the replicas,
+    which fails for shares of different lengths, and with several workers for
+    any. Shapes are all that it needs.
+
+    Args:
+        model: A Keras model, made under a strategy.
+
+    Yields:
+        None.
+    """
+
+    def build(iterator=None, data_batch=None):
+        if data_batch is None:
+            data_batch = keras.tree.map_structure(
+                _share_spec, iterator._distributed_dataset.element_spec
+            )
+        build_symbolically(model, data_batch)
+
+    name = "_maybe_symbolic_build"
+    try:
+        object.__setattr__(model, name, build)
+        yield
+    finally:
+        vars(model).pop(name, None)
+
+
+def build_symbolically(model, data):
+    """Makes all variables of a model, its metrics and its optimizer.
+
+    Args:
+        model: A compiled Keras model.
+        data: A batch as `train_step` receives it, or its specs.
+    """
+    with model.distribute_strategy.scope():
+        model._symbolic_build(data_batch=data)
+
+
+def _share_spec(spec):
+    """The type of one replica's share; an `Optional` stands for None."""
+    if isinstance(spec, tf.OptionalSpec):
+        return None
+    return getattr(spec, "_component_specs", [spec])[0]

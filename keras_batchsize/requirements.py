@@ -3,6 +3,7 @@
 import keras
 
 from keras_batchsize import learning_rate
+from keras_batchsize import replicas
 
 
 def check_model(model):
@@ -37,15 +38,19 @@ def check_model(model):
             'Call model.compile(optimizer="adam", loss=...) first.'
         )
     _check_optimizer(model.optimizer)
-    replicas = model.distribute_strategy.num_replicas_in_sync
-    if replicas > 1:
-        raise ValueError(
-            "The model must live on one device: training on several replicas "
-            "is not supported yet. Received: "
-            f"{type(model.distribute_strategy).__name__} with {replicas} "
-            "replicas. Make and compile the model outside of the strategy's "
-            "scope."
-        )
+    _check_strategy(model)
+
+
+def _check_strategy(model):
+    strategy = replicas.strategy_of(model)
+    if strategy is None or isinstance(strategy, replicas.SUPPORTED):
+        return
+    kinds = ", ".join(one.__name__ for one in replicas.SUPPORTED)
+    raise ValueError(
+        "The model must be made under a strategy whose replicas make each "
+        "update together, on devices that hold all weights. Received: "
+        f"{type(strategy).__name__}. Use one of {kinds}."
+    )
 
 
 def _check_optimizer(optimizer):

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from keras_batchsize import _checks
 from keras_batchsize import keras_private
+from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize.plan import largest_on_ladder
 
@@ -55,24 +56,31 @@ class Superbatches(keras_private.DataAdapter):
         base_batch_size: B₀, in examples.
         superbatch_size: Examples in a superbatch.
         steps_per_epoch: What to pass to Keras as `steps_per_epoch`.
+        strategy: The strategy whose replicas share them, or None.
     """
 
     def __init__(self, adapter, sizes, bounds):
         self.base_batch_size = None
         self.superbatch_size = None
         self.steps_per_epoch = None
+        self.strategy = None
         self._adapter = adapter
         self._sizes = sizes
         self._bounds = bounds
 
     def get_tf_dataset(self):
-        """Returns the superbatches as a `tf.data.Dataset`."""
+        """Returns the superbatches as a `tf.data.Dataset`.
+
+        Under a strategy they are dealt out to the replicas already.
+        """
         dataset = self._adapter.get_tf_dataset()
-        if self._sizes is None:
-            return dataset
-        if _has_optionals(dataset):
-            dataset = dataset.map(_without_nones)
-        return dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
+        if self._sizes is not None:
+            if _has_optionals(dataset):
+                dataset = dataset.map(_without_nones)
+            dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
+        if self.strategy is not None:
+            dataset = replicas.dealt_out(dataset, self.strategy)
+        return dataset
 
     @property
     def num_batches(self):
@@ -170,6 +178,7 @@ def make_superbatches(
             sizes = None
     result = Superbatches(adapter, sizes, bounds)
     result.base_batch_size, result.superbatch_size = base, size
+    result.strategy = replicas.strategy_of(model)
     if steps_per_epoch is not None:
         result.steps_per_epoch = len(sizes)
     return result

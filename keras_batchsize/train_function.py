@@ -17,11 +17,16 @@ from keras_batchsize import exactness
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
+from keras_batchsize._train_function_team import team_of
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import Timing
 from keras_batchsize.update_graphs import UpdateGraphs
+
+
+# What Keras hands over while it fits.
+_ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator
 
 
 class AdaptiveTrainFunction:
@@ -72,6 +77,7 @@ class AdaptiveTrainFunction:
         self._history = None
         self._epoch_list = None
         self._graphs = None
+        self._team = team_of(model)
         self._pending = None
         self._state = None
         self._step = 0
@@ -132,7 +138,7 @@ class AdaptiveTrainFunction:
         Returns:
             Dict of logs, as a Keras train function returns them.
         """
-        if not isinstance(iterator, tf.data.Iterator):
+        if not isinstance(iterator, _ITERATORS):
             return self._replaced(iterator)  # From `train_on_batch`.
         if not self.is_current:
             return self._left_over(iterator)
@@ -177,13 +183,13 @@ class AdaptiveTrainFunction:
     # One superbatch.
 
     def _train_on(self, data, waited):
-        total = slicing.number_of_examples(data)
+        total, stop = self._team.extent(data)
         self._prepare(data, total)
         self._decide()
         began, traces = time.perf_counter(), self._graphs.traces
         norms = self._measure(data, total)
         measured, half_traces = time.perf_counter(), self._graphs.traces
-        logs, used, free_norms, updates = self._update(data, total)
+        logs, used, free_norms, updates = self._update(data, stop)
         loss = _scalar(logs, "loss")  # Waits for the device to finish.
         ended, end_traces = time.perf_counter(), self._graphs.traces
         timing = Timing()
@@ -191,20 +197,19 @@ class AdaptiveTrainFunction:
             # Waiting for data belongs to every example alike.
             size = self.controller.batch_size
             timing = Timing(ended - measured + waited, total / size)
-        self._report(
-            Measurement(
-                examples=total,
-                updates=updates,
-                norms=(*norms, *free_norms),
-                timing=timing,
-                measuring_seconds=measured - began if norms else 0.0,
-                seconds=ended - began + waited,
-                traced=end_traces > traces,
-                loss=loss,
-                learning_rate=float(used),
-                factor=self._factor,
-            )
+        measurement = Measurement(
+            examples=total,
+            updates=updates,
+            norms=(*norms, *free_norms),
+            timing=timing,
+            measuring_seconds=measured - began if norms else 0.0,
+            seconds=ended - began + waited,
+            traced=end_traces > traces,
+            loss=loss,
+            learning_rate=float(used),
+            factor=self._factor,
         )
+        self._report(self._team.agreed(measurement))
         return logs
 
     def _prepare(self, data, total):
@@ -213,14 +218,16 @@ class AdaptiveTrainFunction:
             return
         self._start_controller(total)
         splits = self.controller.measures or self.controller.accumulates
-        if splits:
+        make_graphs = self._team.graphs or UpdateGraphs
+        if splits or make_graphs.replicated:
             exactness.check_step(self._model)
-        graphs = UpdateGraphs(
+        graphs = make_graphs(
             self._model, self.controller.clock.batch_size, splits
         )
-        graphs.build(slicing.examples(data, 0, min(total, 1)))
-        if splits:
-            exactness.check_loss(self._model, graphs.normaliser, data)
+        sample = self._team.sample(data)
+        graphs.build(slicing.examples(sample, 0, min(total, 1)))
+        if splits or make_graphs.replicated:
+            exactness.check_loss(self._model, graphs.normaliser, sample)
         self._graphs = graphs
 
     def _start_controller(self, total):
@@ -237,7 +244,8 @@ class AdaptiveTrainFunction:
             controller.epoch = self.epoch
         elif controller.examples == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
-            controller.clock.steps = int(self._model.optimizer.iterations)
+            steps = self._model.optimizer.iterations
+            controller.clock.steps = int(keras.ops.convert_to_numpy(steps))
         controller.clock.start_epoch()
         self.controller = controller
 
@@ -329,7 +337,7 @@ class AdaptiveTrainFunction:
         if self._graphs.compiles and total != self.controller.superbatch_size:
             # XLA makes a graph per shape: all superbatches get the same.
             data = slicing.padded(data, self.controller.superbatch_size)
-        if plan.accumulation_steps > 1:
+        if plan.accumulation_steps > 1 or self._graphs.replicated:
             return self._accumulate(data, total, plan, rate)
         size, whole = plan.batch_size, total
         if self._graphs.compiles:

@@ -4,9 +4,11 @@ import warnings
 
 import keras
 
+from keras_batchsize import distributed
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import policies
+from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize.callbacks import BackupAndRestore
@@ -195,16 +197,17 @@ class AdaptiveTrainer:
         controller = self._controller_for(superbatches)
         sizes = _TrainerBatchSize(controller, self.verbose and verbose != 0)
         try:
-            return self.model.fit(
-                superbatches,
-                batch_size=superbatches.base_batch_size,
-                steps_per_epoch=superbatches.steps_per_epoch,
-                verbose=verbose,
-                callbacks=self._callbacks(
-                    callbacks, sizes, superbatches, verbose
-                ),
-                **arguments,
-            )
+            with distributed.prepared(self.model):
+                return self.model.fit(
+                    superbatches,
+                    batch_size=superbatches.base_batch_size,
+                    steps_per_epoch=superbatches.steps_per_epoch,
+                    verbose=verbose,
+                    callbacks=self._callbacks(
+                        callbacks, sizes, superbatches, verbose
+                    ),
+                    **arguments,
+                )
         finally:
             sizes.close()
             if self.tensorboard is not None:
@@ -236,7 +239,13 @@ class AdaptiveTrainer:
         if measure == "auto" and not self._needs_noise():
             measure = None
         state = self._state
-        controller = Controller(self.policy, ladder, size, measure)
+        controller = Controller(
+            self.policy,
+            ladder,
+            size,
+            measure,
+            replicas=replicas.count(self.model),
+        )
         last = self._controller
         if last is not None and last.ladder.base == base:
             state = last.get_state()
@@ -264,11 +273,13 @@ class AdaptiveTrainer:
 
     def evaluate(self, *args, **kwargs):
         """Calls `model.evaluate`."""
-        return self.model.evaluate(*args, **kwargs)
+        with distributed.prepared(self.model):
+            return self.model.evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """Calls `model.predict`."""
-        return self.model.predict(*args, **kwargs)
+        with distributed.prepared(self.model):
+            return self.model.predict(*args, **kwargs)
 
     @property
     def batch_size(self):

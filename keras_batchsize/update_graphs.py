@@ -40,6 +40,8 @@ class UpdateGraphs:
         splits: Whether batches are cut, to accumulate or to measure.
     """
 
+    replicated = False
+
     def __init__(self, model, base_batch_size, splits):
         self._model = model
         self._base = base_batch_size

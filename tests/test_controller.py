@@ -326,7 +326,7 @@ def test_ragged_and_accumulated_superbatches_are_not_measured():
     assert not controller.wants_measurement(SUPERBATCH - 1, 0)
     controller.batch_size = 2 * SUPERBATCH
     # Their micro-batches measure for free, four of them at least.
-    assert controller.accumulates_now
+    assert controller.measures_for_free
     assert controller.plan.accumulation_steps >= 4
     assert not controller.wants_measurement(SUPERBATCH, 0)
 

@@ -1,0 +1,99 @@
+"""Who takes part in an update, as far as the train function has to know.
+
+Part of `train_function.py`: one device, or the replicas of a strategy on one
+or several workers.
+"""
+
+import dataclasses
+
+from keras_batchsize import replicas
+from keras_batchsize import slicing
+from keras_batchsize.records import Timing
+from keras_batchsize.replica_graphs import ReplicaGraphs
+from keras_batchsize.workers import Workers
+
+
+def team_of(model):
+    """Returns the `OneDevice` or the `Team` that trains a model."""
+    strategy = replicas.strategy_of(model)
+    return OneDevice() if strategy is None else Team(strategy)
+
+
+class OneDevice:
+    """A device that trains alone."""
+
+    graphs = None
+
+    def extent(self, data):
+        """Returns the examples of a superbatch, and where they end."""
+        total = slicing.number_of_examples(data)
+        return total, total
+
+    def sample(self, data):
+        """Returns a batch to build and try the model with."""
+        return data
+
+    def agreed(self, measurement):
+        """Returns the `Measurement` that everybody decides on."""
+        return measurement
+
+
+class Team:
+    """The replicas of a strategy.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+    """
+
+    graphs = ReplicaGraphs
+
+    def __init__(self, strategy):
+        self._strategy = strategy
+        self._workers = Workers(strategy)
+
+    def extent(self, data):
+        """Returns the examples of a superbatch, and where they end.
+
+        Args:
+            data: The superbatch, as a distributed iterator returns it.
+
+        Returns:
+            Tuple of two integers, over all replicas.
+        """
+        counts = self._workers.gathered(
+            replicas.local_counts(self._strategy, data)
+        )
+        return sum(counts), replicas.end_of(counts)
+
+    def sample(self, data):
+        """Returns the share of one replica, to build and try the model."""
+        shares = replicas.local_shares(self._strategy, data)
+        return max(shares, key=slicing.number_of_examples)
+
+    def agreed(self, measurement):
+        """Returns the `Measurement` that all workers decide on.
+
+        An update is over when the slowest has done its part. A clock that
+        does not run forward tells nothing.
+
+        Args:
+            measurement: A `Measurement` with the times of this worker.
+
+        Returns:
+            The same on every worker.
+        """
+        timing = measurement.timing
+        own = (
+            timing.seconds,
+            measurement.measuring_seconds,
+            measurement.seconds,
+        )
+        seconds, measuring, whole = self._workers.slowest(own)
+        if timing.updates and seconds == 0.0:
+            timing = Timing()
+        return dataclasses.replace(
+            measurement,
+            timing=dataclasses.replace(timing, seconds=seconds),
+            measuring_seconds=measuring,
+            seconds=whole,
+        )

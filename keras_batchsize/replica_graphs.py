@@ -1,0 +1,327 @@
+"""The graphs of `update_graphs`, for the replicas of a strategy.
+
+The loops run outside of the replicas and send each micro-batch and each update
+to all of them: what Keras optimizers need, `merge_call`, may not stand inside a
+loop of a replica. Gradients of micro-batches stay where they were computed
+until the update, which takes one all-reduce.
+"""
+
+import contextlib
+from typing import Any
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+from keras_batchsize import learning_rate
+from keras_batchsize import replicas
+from keras_batchsize import slicing
+from keras_batchsize._gradients_replicated import ReplicatedGradients
+
+# Parts that each replica cuts its share into to measure a superbatch.
+_PARTS = 8
+
+
+class Unfinished(NamedTuple):
+    """An update that is being made, over several superbatches.
+
+    Attributes:
+        sums: `Accumulated` on each replica; None if nothing was summed yet.
+        examples: Examples in it, over all replicas, a scalar int32 tensor.
+        count: Rounds of micro-batches in it, likewise.
+    """
+
+    sums: Any
+    examples: Any
+    count: Any
+
+
+class ReplicaGraphs:
+    """Holds the graphs of a model made under a strategy.
+
+    Args:
+        model: A compiled Keras model.
+        base_batch_size: B₀, in which the schedule's clock counts.
+        measures: Whether norms of gradients are wanted.
+    """
+
+    replicated = True
+    compiles = False
+
+    def __init__(self, model, base_batch_size, measures):
+        self._model = model
+        self._base = base_batch_size
+        self._strategy = model.distribute_strategy
+        self._replicas = self._strategy.num_replicas_in_sync
+        self._gradients = ReplicatedGradients(model, measures)
+        self._eager = model.run_eagerly
+        self._add = self._function(self._add_everywhere)
+        self._apply = self._function(self._apply_everywhere)
+        self._update = self._function(self._update_everywhere)
+        self._whole_loop = self._function(self._loop_over_updates)
+        self._micro_loop = self._function(self._loop_over_micro_batches)
+        self._measure = self._function(self._measure_everywhere)
+
+    def _function(self, function):
+        if self._eager:
+            return function
+        return tf.function(function, reduce_retracing=True, autograph=False)
+
+    @property
+    def normaliser(self):
+        """What losses are divided by, see `exactness`."""
+        return self._gradients.normaliser
+
+    @property
+    def traces(self):
+        """How many graphs have been traced so far."""
+        if self._eager:
+            return 0
+        functions = self._whole_loop, self._micro_loop, self._measure
+        return sum(
+            function.experimental_get_tracing_count() for function in functions
+        )
+
+    def zeros(self):
+        """Returns the `Unfinished` of an update that has not begun."""
+        return Unfinished(None, tf.constant(0), tf.constant(0))
+
+    def build(self, data):
+        """Creates all variables, which cannot be made inside the loops.
+
+        Args:
+            data: A batch as `train_step` receives it.
+        """
+        keras_private.build_symbolically(self._model, data)
+
+    def accumulate(self, total, data, stop, sizes, finish, rate):
+        """Makes the updates of a superbatch.
+
+        Args:
+            total: What an earlier call left `Unfinished`, or `zeros()`.
+            data: The superbatch, as a distributed iterator returns it.
+            stop: Integer, position behind its last example.
+            sizes: Pair of integers (examples per update, examples per
+                micro-batch of a replica).
+            finish: Bool, whether to make an update of what is left at `stop`.
+            rate: A `RateInForce`.
+
+        Returns:
+            Tuple of the logs, the learning rate, the `Unfinished` update and a
+            float64 tensor of shape (updates, fields of `MicroBatchNorms`).
+        """
+        batch_size, micro = sizes[0], sizes[1] * self._replicas
+        is_whole = micro >= batch_size and total.sums is None
+        guarded = replicas.has_empty_share(
+            min(batch_size, micro), stop, self._replicas
+        )
+        if is_whole and (finish or stop % batch_size == 0):
+            logs, used, rows = self._whole_loop(
+                data, *map(self._size, (stop, batch_size)), rate, guarded
+            )
+            return logs, used, self.zeros(), rows
+        return self._micro_loop(
+            total,
+            data,
+            *map(self._size, (stop, batch_size, micro)),
+            tf.constant(finish),
+            rate,
+            guarded or total.sums is not None,
+        )
+
+    def _size(self, size):
+        return size if self._eager else tf.constant(size)
+
+    # Updates of one micro-batch.
+
+    def _loop_over_updates(self, data, stop, batch_size, rate, guarded):
+        updates = (stop + batch_size - 1) // batch_size
+        rows = self._rows(updates)
+
+        def body(index, rows):
+            start = index * batch_size
+            end = tf.minimum(start + batch_size, stop)
+            row = self._update(
+                data, start, end, rate.at(start, self._base), guarded
+            )
+            return index + 1, rows.write(index, row)
+
+        _, rows = self._while(
+            lambda index, _: index < updates, body, (tf.constant(0), rows)
+        )
+        return *self._state(rate, stop - 1), rows.stack()
+
+    def _update_everywhere(self, data, start, end, rate, guarded):
+        """Makes an update of the examples [start, end)."""
+
+        def on_replica(share):
+            sums = self._with_part(
+                self._gradients.zeros,
+                lambda _, part: self._gradients.first(part),
+                share,
+                (start, end),
+                guarded,
+            )
+            return self._gradients.apply(sums)
+
+        with self._rate_applied(rate):
+            return self._first(self._strategy.run(on_replica, (data,)))
+
+    # Updates of several micro-batches.
+
+    def _loop_over_micro_batches(
+        self, total, data, stop, batch_size, micro, finish, rate, guarded
+    ):
+        rows = self._rows(0)
+        if total.sums is None:
+            total = total._replace(sums=self._zeros_everywhere())
+
+        def body(position, row, total, rows):
+            missing = batch_size - total.examples
+            end = tf.minimum(position + tf.minimum(micro, missing), stop)
+            total = Unfinished(
+                self._add(total.sums, data, position, end, guarded),
+                total.examples + end - position,
+                total.count + 1,
+            )
+            full = tf.logical_or(
+                total.examples >= batch_size,
+                tf.logical_and(finish, end >= stop),
+            )
+            rate_now = rate.at(end - total.examples, self._base)
+            total, rows = tf.cond(
+                full,
+                lambda: self._applied(total, rows, row, rate_now),
+                lambda: (total, rows),
+            )
+            return end, row + tf.cast(full, tf.int32), total, rows
+
+        _, count, total, rows = self._while(
+            lambda position, *_: position < stop,
+            body,
+            (tf.constant(0), tf.constant(0), total, rows),
+        )
+        return *self._state(rate, stop - 1), total, rows.stack()[:count]
+
+    def _applied(self, total, rows, row, rate):
+        norms = self._apply(total.sums, rate)
+        fresh = Unfinished(
+            self._zeros_everywhere(), tf.constant(0), tf.constant(0)
+        )
+        return fresh, rows.write(row, norms)
+
+    def _zeros_everywhere(self):
+        return self._strategy.run(self._gradients.zeros)
+
+    def _add_everywhere(self, sums, data, start, end, guarded):
+        def on_replica(sums, share):
+            return self._with_part(
+                lambda: sums,
+                self._gradients.add,
+                share,
+                (start, end),
+                guarded,
+            )
+
+        return self._strategy.run(on_replica, (sums, data))
+
+    def _apply_everywhere(self, sums, rate):
+        with self._rate_applied(rate):
+            rows = self._strategy.run(self._gradients.apply, (sums,))
+        return self._first(rows)
+
+    def finish(self, total, rate):
+        """Makes the update of what `accumulate` left unfinished.
+
+        Args:
+            total: An `Unfinished` of at least one micro-batch.
+            rate: The `RateInForce` at its end.
+
+        Returns:
+            float64 tensor, a row of `MicroBatchNorms`.
+        """
+        return self._apply(
+            total.sums, rate.at(-total.examples, self._base)
+        )
+
+    def measure(self, data, examples):
+        """Measures gradient norms of the parts of a superbatch.
+
+        Args:
+            data: The superbatch.
+            examples: Integer, how many of its examples to use.
+
+        Returns:
+            float64 tensor, a row of `MicroBatchNorms`.
+        """
+        part = max(examples // (_PARTS * self._replicas), 1) * self._replicas
+        sizes = part, max(examples // part, 1)
+        return self._measure(data, *map(self._size, sizes))
+
+    def _measure_everywhere(self, data, part, parts):
+        def add(sums, share, start):
+            bounds = start, start + part
+            return self._with_part(lambda: sums, self._gradients.add, share,
+                                   bounds, False)
+
+        def body(index, sums):
+            return index + 1, self._strategy.run(
+                add, (sums, data, index * part)
+            )
+
+        held = self._strategy.run(self._gradients.held)
+        _, sums = self._while(
+            lambda index, _: index < parts,
+            body,
+            (tf.constant(0), self._zeros_everywhere()),
+        )
+        self._strategy.run(self._gradients.put_back, (held,))
+        return self._first(self._strategy.run(self._gradients.norms, (sums,)))
+
+    # What all of them need.
+
+    def _with_part(self, otherwise, function, share, bounds, guarded):
+        """Gives a function the part of a share that lies within bounds.
+
+        A share without examples has no mean loss: where there may be one, the
+        replica sits the micro-batch out.
+        """
+        first, number = replicas.own_part(share, *bounds, self._replicas)
+
+        def with_examples():
+            return function(
+                otherwise(), slicing.examples(share, first, number)
+            )
+
+        if not guarded:
+            return with_examples()
+        return tf.cond(number > 0, with_examples, otherwise)
+
+    @contextlib.contextmanager
+    def _rate_applied(self, rate):
+        optimizer = self._model.optimizer
+        inside = learning_rate.optimizers_inside(optimizer)
+        with learning_rate.applied(optimizer, rate):
+            with keras_private.gradients_are_sums(inside):
+                yield
+
+    def _rows(self, number):
+        return tf.TensorArray(
+            tf.float64,
+            size=number,
+            dynamic_size=True,
+            element_shape=(self._gradients.columns,),
+        )
+
+    def _while(self, condition, body, start):
+        return tf.while_loop(condition, body, start, parallel_iterations=1)
+
+    def _state(self, rate, position):
+        """Returns the logs and the learning rate at a position."""
+        used = learning_rate.effective_rate(
+            self._model.optimizer, rate.at(position, self._base)
+        )
+        return self._model.get_metrics_result(), used
+
+    def _first(self, value):
+        return replicas.local_values(self._strategy, value)[0]

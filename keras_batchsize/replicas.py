@@ -1,0 +1,204 @@
+"""Who shares an update: the replicas of a `tf.distribute` strategy.
+
+Example i of a superbatch belongs to replica i mod R. Whatever size the updates
+then have, an update of the examples [start, stop) is the same set of examples
+as on one device, and no share is larger than another by more than one example.
+Cutting a superbatch into R runs, as Keras does, would put examples together
+that one device never sees in one update.
+"""
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import slicing
+
+SUPPORTED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.OneDeviceStrategy,
+)
+
+
+def strategy_of(model):
+    """Returns the strategy that a model was made under, or None.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        A `tf.distribute.Strategy`; None for TensorFlow's default.
+    """
+    strategy = model.distribute_strategy
+    with strategy.scope():
+        return strategy if tf.distribute.has_strategy() else None
+
+
+def count(model):
+    """Returns the number of replicas that share an update of a model."""
+    return model.distribute_strategy.num_replicas_in_sync
+
+
+def local_values(strategy, value):
+    """Returns the values on the replicas of this worker.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        value: A tensor or a `tf.distribute.DistributedValues`.
+
+    Returns:
+        List of tensors.
+    """
+    return list(strategy.experimental_local_results(value))
+
+
+def local_shares(strategy, data):
+    """Takes apart what a distributed iterator hands over.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        data: Nested structure of distributed values.
+
+    Returns:
+        List of nested structures of tensors, one per replica of this worker.
+    """
+    replicas = len(strategy.extended.worker_devices)
+    return [
+        keras.tree.map_structure(
+            lambda leaf: (
+                None if leaf is None else local_values(strategy, leaf)[index]
+            ),
+            data,
+        )
+        for index in range(replicas)
+    ]
+
+
+def local_counts(strategy, data):
+    """Returns how many examples each replica of this worker holds.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        data: Nested structure of distributed values.
+
+    Returns:
+        List of integers.
+    """
+    first = next(one for one in keras.tree.flatten(data) if one is not None)
+    return [
+        slicing.number_of_examples(leaf)
+        for leaf in local_values(strategy, first)
+    ]
+
+
+def end_of(counts):
+    """Returns the position behind the last example of any share.
+
+    Args:
+        counts: Examples in the share of each replica.
+
+    Returns:
+        Integer: the number of examples, if they are dealt out evenly.
+    """
+    replicas = len(counts)
+    ends = [
+        (held - 1) * replicas + index + 1
+        for index, held in enumerate(counts)
+        if held
+    ]
+    return max(ends, default=0)
+
+
+def has_empty_share(batch_size, stop, replicas):
+    """Whether a batch that is cut from [0, stop) has fewer than R examples."""
+    tail = stop % batch_size
+    return batch_size < replicas or 0 < tail < replicas
+
+
+def own_part(data, start, stop, replicas):
+    """Returns what this replica holds of the examples [start, stop).
+
+    To be called in a replica context.
+
+    Args:
+        data: This replica's share of the superbatch.
+        start: Scalar int32 tensor, position in the whole superbatch.
+        stop: Likewise.
+        replicas: Number of replicas.
+
+    Returns:
+        Tuple of first example in the share and number of examples; the latter
+        may be zero.
+    """
+    index = tf.cast(
+        tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32
+    )
+    held = slicing.count_examples(data)
+    first, last = (
+        tf.minimum((position - index + replicas - 1) // replicas, held)
+        for position in (start, stop)
+    )
+    return first, last - first
+
+
+def dealt_out(dataset, strategy):
+    """Deals the examples of each element out to the replicas, in turn.
+
+    Every worker runs the whole pipeline and keeps what belongs to its own
+    replicas.
+
+    Args:
+        dataset: A `tf.data.Dataset` of superbatches, the same on all workers.
+        strategy: A `tf.distribute.Strategy`.
+
+    Returns:
+        A `tf.distribute.DistributedDataset`.
+    """
+    is_tuple = isinstance(dataset.element_spec, tuple)
+
+    def shares_of_worker(context):
+        replicas = context.num_replicas_in_sync
+        local = replicas // context.num_input_pipelines
+        first = context.input_pipeline_id * local
+
+        def shares(*data):
+            whole = data if is_tuple else data[0]
+            return tf.data.Dataset.range(first, first + local).map(
+                lambda index: every_nth(whole, index, replicas)
+            )
+
+        return dataset.flat_map(shares).prefetch(tf.data.AUTOTUNE)
+
+    return strategy.distribute_datasets_from_function(shares_of_worker)
+
+
+def every_nth(data, first, step):
+    """Returns the examples first, first + step, first + 2·step, ...
+
+    Args:
+        data: Nested structure of dense, ragged or sparse tensors.
+        first: Scalar integer tensor.
+        step: Integer.
+
+    Returns:
+        The same structure.
+    """
+    first = tf.cast(first, tf.int32)
+
+    def take(leaf):
+        if isinstance(leaf, tf.SparseTensor):
+            return _every_nth_sparse(leaf, tf.cast(first, tf.int64), step)
+        rows = tf.range(first, slicing.count_examples(leaf), step)
+        return tf.gather(leaf, rows)
+
+    return keras.tree.map_structure(take, data)
+
+
+def _every_nth_sparse(leaf, first, step):
+    kept = tf.sparse.retain(leaf, leaf.indices[:, 0] % step == first)
+    rows = (kept.indices[:, :1] - first) // step
+    shape = leaf.dense_shape
+    return tf.SparseTensor(
+        tf.concat([rows, kept.indices[:, 1:]], axis=1),
+        kept.values,
+        tf.concat([(shape[:1] - first + step - 1) // step, shape[1:]], axis=0),
+    )
