@@ -6,11 +6,16 @@ or several workers.
 
 import dataclasses
 
+import tensorflow as tf
+
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize.records import Timing
 from keras_batchsize.replica_graphs import ReplicaGraphs
 from keras_batchsize.workers import Workers
+
+# What Keras hands over while it fits.
+ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator
 
 
 def team_of(model):

@@ -104,6 +104,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
             base if minimum is None else minimum,
             maximum,
             base_name="initial_batch_size",
+            replicas=replicas.count(self.model) if self.model else 1,
         )
 
     def make_controller(self, superbatch_size):

@@ -324,4 +324,4 @@ def _share_spec(spec):
     """The type of one replica's share; an `Optional` stands for None."""
     if isinstance(spec, tf.OptionalSpec):
         return None
-    return getattr(spec, "_component_specs", [spec])[0]
+    return getattr(spec, "_value_specs", [spec])[0]

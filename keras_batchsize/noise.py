@@ -38,6 +38,7 @@ __all__ = [
     "NoiseScaleEstimator",
     "gradient_moments",
     "inverse_rank",
+    "inverse_rank_of_pair",
 ]
 
 # The effective rank is averaged over about so many measurements: it belongs to
@@ -163,6 +164,32 @@ def inverse_rank(norms, moments):
     return deviation / freedom / micro_trace**2, float(freedom)
 
 
+def inverse_rank_of_pair(squared_norms, examples, count, level, signal):
+    """Estimates 1/r from how ‖G‖² differs between two updates in a row.
+
+    From the replicas of an update comes one inner product, which says nothing
+    about how precise it is; two say something. Half of their squared
+    difference has the mean Var ‖G‖² = (2n/(n-1)·(t/M)² + 4‖G‖²·t/M)/r, see
+    `RunningMoments`, and more where ‖G‖² itself has changed in between: then
+    the precision is understated, never overstated.
+
+    Args:
+        squared_norms: Pair of estimates of ‖G‖² from two updates.
+        examples: Examples M of each of them.
+        count: Number n of replicas.
+        level: Level t of tr(Σ), positive.
+        signal: Average of ‖G‖² so far.
+
+    Returns:
+        Float, with one degree of freedom.
+    """
+    first, second = squared_norms
+    share = level / examples
+    variance = 2.0 * count / (count - 1) * share**2
+    variance += 4.0 * max(signal, 0.0) * share
+    return (first - second) ** 2 / 2.0 / variance
+
+
 class NoiseScaleEstimator:
     """Averages measurements over several horizons and picks the best one.
 
@@ -196,6 +223,8 @@ class NoiseScaleEstimator:
         self._level = 0.0
         self._since = 0.0
         self._spacing = 0.0
+        # ‖G‖², examples and count of an update that waits for another.
+        self._unpaired = None
         self.skipped = 0
 
     def add(self, norms, examples):
@@ -241,10 +270,24 @@ class NoiseScaleEstimator:
             for running in self._running
         ]
         one, freedom = inverse_rank(norms, moments)
+        if norms.products is None:
+            one, freedom = self._inverse_rank_of_pair(norms, moments)
         if freedom:
             keep = 1.0 - 1.0 / _RANK_MEASUREMENTS
             total, known = self._rank
             self._rank = (keep * total + freedom * one, keep * known + freedom)
+
+    def _inverse_rank_of_pair(self, norms, moments):
+        """Pairs updates of the same size; (0, 0) while one waits."""
+        kind = (norms.examples, norms.count)
+        waiting, self._unpaired = self._unpaired, None
+        if waiting is None or tuple(waiting[1:]) != kind:
+            self._unpaired = (moments.squared_norm, *kind)
+            return 0.0, 0.0
+        running = self._running[0]
+        pair = waiting[0], moments.squared_norm
+        signal = running.squared_norm / running.weight
+        return inverse_rank_of_pair(pair, *kind, self._level, signal), 1.0
 
     def _pass(self):
         """Lets the examples since the last measurement pass."""
@@ -277,6 +320,7 @@ class NoiseScaleEstimator:
             "level": self._level,
             "since": self._since,
             "spacing": self._spacing,
+            "unpaired": self._unpaired and list(self._unpaired),
             "skipped": self.skipped,
         }
 
@@ -288,4 +332,6 @@ class NoiseScaleEstimator:
         self._level = state["level"]
         self._since = state["since"]
         self._spacing = state["spacing"]
+        waiting = state["unpaired"]
+        self._unpaired = waiting and tuple(waiting)
         self.skipped = state["skipped"]

@@ -59,12 +59,16 @@ class Ladder:
         minimum: Smallest size that may be used.
         maximum: Largest size that may be used.
         base_name: What the caller calls the base size.
+        replicas: Number of replicas that share an update. Sizes stay
+            multiples of it as far as the base is one: replicas with larger
+            shares would make the others wait.
     """
 
     base: int
     minimum: int
     maximum: int
     base_name: str = "batch_size"
+    replicas: int = 1
 
     def __post_init__(self):
         why = "it counts the examples of an update"
@@ -110,7 +114,8 @@ class Ladder:
     def sizes(self):
         """All sizes, in increasing order."""
         smaller, size = [], self.base
-        while size % 2 == 0 and size // 2 >= self.minimum:
+        step = 2 * math.gcd(self.base, self.replicas)
+        while size % step == 0 and size // 2 >= self.minimum:
             size //= 2
             smaller.append(size)
         larger, size = [self.base], self.base

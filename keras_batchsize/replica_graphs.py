@@ -27,13 +27,13 @@ class Unfinished(NamedTuple):
 
     Attributes:
         sums: `Accumulated` on each replica; None if nothing was summed yet.
-        examples: Examples in it, over all replicas, a scalar int32 tensor.
-        count: Rounds of micro-batches in it, likewise.
+        examples: Examples in it, over all replicas.
+        count: Rounds of micro-batches in it.
     """
 
     sums: Any
-    examples: Any
-    count: Any
+    examples: int
+    count: int
 
 
 class ReplicaGraphs:
@@ -49,6 +49,9 @@ class ReplicaGraphs:
     compiles = False
 
     def __init__(self, model, base_batch_size, measures):
+        # Whether shares differ by more than an example, as only a dataset
+        # that a user distributes can make them.
+        self.uneven = False
         self._model = model
         self._base = base_batch_size
         self._strategy = model.distribute_strategy
@@ -59,7 +62,9 @@ class ReplicaGraphs:
         self._apply = self._function(self._apply_everywhere)
         self._update = self._function(self._update_everywhere)
         self._whole_loop = self._function(self._loop_over_updates)
-        self._micro_loop = self._function(self._loop_over_micro_batches)
+        self._sum = self._function(self._loop_over_micro_batches)
+        self._zeros = self._function(self._zeros_everywhere)
+        self._state_now = self._function(self._state)
         self._measure = self._function(self._measure_everywhere)
 
     def _function(self, function):
@@ -77,14 +82,14 @@ class ReplicaGraphs:
         """How many graphs have been traced so far."""
         if self._eager:
             return 0
-        functions = self._whole_loop, self._micro_loop, self._measure
+        functions = self._whole_loop, self._sum, self._measure
         return sum(
             function.experimental_get_tracing_count() for function in functions
         )
 
     def zeros(self):
         """Returns the `Unfinished` of an update that has not begun."""
-        return Unfinished(None, tf.constant(0), tf.constant(0))
+        return Unfinished(None, 0, 0)
 
     def build(self, data):
         """Creates all variables, which cannot be made inside the loops.
@@ -111,22 +116,23 @@ class ReplicaGraphs:
             float64 tensor of shape (updates, fields of `MicroBatchNorms`).
         """
         batch_size, micro = sizes[0], sizes[1] * self._replicas
-        is_whole = micro >= batch_size and total.sums is None
-        guarded = replicas.has_empty_share(
-            min(batch_size, micro), stop, self._replicas
-        )
-        if is_whole and (finish or stop % batch_size == 0):
+        is_begun = total.sums is not None
+        ends = finish or stop % batch_size == 0
+        if ends and micro >= batch_size and not is_begun:
             logs, used, rows = self._whole_loop(
-                data, *map(self._size, (stop, batch_size)), rate, guarded
+                data,
+                *map(self._size, (stop, batch_size)),
+                rate,
+                self._guards(stop, batch_size),
             )
-            return logs, used, self.zeros(), rows
-        return self._micro_loop(
-            total,
-            data,
-            *map(self._size, (stop, batch_size, micro)),
-            tf.constant(finish),
-            rate,
-            guarded or total.sums is not None,
+            return logs, used, total, rows
+        return self._micro_batches(
+            total, data, stop, (batch_size, micro), finish, rate
+        )
+
+    def _guards(self, examples, piece):
+        return self.uneven or replicas.leaves_one_out(
+            examples, piece, self._replicas
         )
 
     def _size(self, size):
@@ -169,46 +175,51 @@ class ReplicaGraphs:
 
     # Updates of several micro-batches.
 
-    def _loop_over_micro_batches(
-        self, total, data, stop, batch_size, micro, finish, rate, guarded
+    def _micro_batches(
+        self, total, data, stop, sizes, finish, rate
     ):
-        rows = self._rows(0)
-        if total.sums is None:
-            total = total._replace(sums=self._zeros_everywhere())
+        """Goes from update to update outside of the graph.
 
-        def body(position, row, total, rows):
-            missing = batch_size - total.examples
-            end = tf.minimum(position + tf.minimum(micro, missing), stop)
+        Updates of many micro-batches are few, and TensorFlow cannot have them
+        inside of a condition: it loses what replicas hold.
+        """
+        position, rows, (batch_size, micro) = 0, [], sizes
+        while position < stop:
+            end = min(position + batch_size - total.examples, stop)
+            sums = self._zeros() if total.sums is None else total.sums
+            sums, rounds = self._sum(
+                sums,
+                data,
+                *map(self._size, (position, end, micro)),
+                self._guards(end - position, micro),
+            )
             total = Unfinished(
-                self._add(total.sums, data, position, end, guarded),
+                sums,
                 total.examples + end - position,
-                total.count + 1,
+                total.count + int(rounds),
             )
-            full = tf.logical_or(
-                total.examples >= batch_size,
-                tf.logical_and(finish, end >= stop),
-            )
-            rate_now = rate.at(end - total.examples, self._base)
-            total, rows = tf.cond(
-                full,
-                lambda: self._applied(total, rows, row, rate_now),
-                lambda: (total, rows),
-            )
-            return end, row + tf.cast(full, tf.int32), total, rows
+            position = end
+            if total.examples >= batch_size or (finish and end >= stop):
+                began = rate.at(position - total.examples, self._base)
+                rows.append(self._apply(total.sums, began))
+                total = self.zeros()
+        logs, used = self._state_now(rate, self._size(stop - 1))
+        return logs, used, total, tf.stack(rows) if rows else ()
 
-        _, count, total, rows = self._while(
+    def _loop_over_micro_batches(
+        self, sums, data, position, stop, micro, guarded
+    ):
+        def body(position, rounds, sums):
+            end = tf.minimum(position + micro, stop)
+            sums = self._add(sums, data, position, end, guarded)
+            return end, rounds + 1, sums
+
+        _, rounds, sums = self._while(
             lambda position, *_: position < stop,
             body,
-            (tf.constant(0), tf.constant(0), total, rows),
+            (position, tf.constant(0), sums),
         )
-        return *self._state(rate, stop - 1), total, rows.stack()[:count]
-
-    def _applied(self, total, rows, row, rate):
-        norms = self._apply(total.sums, rate)
-        fresh = Unfinished(
-            self._zeros_everywhere(), tf.constant(0), tf.constant(0)
-        )
-        return fresh, rows.write(row, norms)
+        return sums, rounds
 
     def _zeros_everywhere(self):
         return self._strategy.run(self._gradients.zeros)
@@ -240,9 +251,8 @@ class ReplicaGraphs:
         Returns:
             float64 tensor, a row of `MicroBatchNorms`.
         """
-        return self._apply(
-            total.sums, rate.at(-total.examples, self._base)
-        )
+        began = rate.at(-total.examples, self._base)
+        return self._apply(total.sums, began)
 
     def measure(self, data, examples):
         """Measures gradient norms of the parts of a superbatch.

@@ -108,10 +108,9 @@ def end_of(counts):
     return max(ends, default=0)
 
 
-def has_empty_share(batch_size, stop, replicas):
-    """Whether a batch that is cut from [0, stop) has fewer than R examples."""
-    tail = stop % batch_size
-    return batch_size < replicas or 0 < tail < replicas
+def leaves_one_out(examples, piece, replicas):
+    """Whether pieces that examples are cut into may have fewer than R."""
+    return piece < replicas or 0 < examples % piece < replicas
 
 
 def own_part(data, start, stop, replicas):
@@ -187,8 +186,8 @@ def every_nth(data, first, step):
     def take(leaf):
         if isinstance(leaf, tf.SparseTensor):
             return _every_nth_sparse(leaf, tf.cast(first, tf.int64), step)
-        rows = tf.range(first, slicing.count_examples(leaf), step)
-        return tf.gather(leaf, rows)
+        end = slicing.count_examples(leaf)
+        return tf.gather(leaf, tf.range(tf.minimum(first, end), end, step))
 
     return keras.tree.map_structure(take, data)
 

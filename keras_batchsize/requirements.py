@@ -43,7 +43,18 @@ def check_model(model):
 
 def _check_strategy(model):
     strategy = replicas.strategy_of(model)
-    if strategy is None or isinstance(strategy, replicas.SUPPORTED):
+    if strategy is None:
+        return
+    for one in learning_rate.optimizers_inside(model.optimizer):
+        if one.ema_overwrite_frequency:
+            raise ValueError(
+                "`ema_overwrite_frequency` must not be set under a strategy: "
+                "Keras cannot overwrite weights on several replicas within a "
+                "condition. Received: ema_overwrite_frequency="
+                f"{one.ema_overwrite_frequency}. Use None: the averages are "
+                "taken over at the end of `fit`."
+            )
+    if isinstance(strategy, replicas.SUPPORTED):
         return
     kinds = ", ".join(one.__name__ for one in replicas.SUPPORTED)
     raise ValueError(

@@ -7,7 +7,6 @@ controller what was measured. The graph sums, the host decides.
 
 import math
 import time
-import warnings
 
 import keras
 import numpy as np
@@ -17,16 +16,14 @@ from keras_batchsize import exactness
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
+from keras_batchsize._train_function_team import ITERATORS
 from keras_batchsize._train_function_team import team_of
+from keras_batchsize._train_function_warning import warn_once
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import Timing
 from keras_batchsize.update_graphs import UpdateGraphs
-
-
-# What Keras hands over while it fits.
-_ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator
 
 
 class AdaptiveTrainFunction:
@@ -138,7 +135,7 @@ class AdaptiveTrainFunction:
         Returns:
             Dict of logs, as a Keras train function returns them.
         """
-        if not isinstance(iterator, _ITERATORS):
+        if not isinstance(iterator, ITERATORS):
             return self._replaced(iterator)  # From `train_on_batch`.
         if not self.is_current:
             return self._left_over(iterator)
@@ -185,6 +182,7 @@ class AdaptiveTrainFunction:
     def _train_on(self, data, waited):
         total, stop = self._team.extent(data)
         self._prepare(data, total)
+        self._graphs.uneven = total != stop
         self._decide()
         began, traces = time.perf_counter(), self._graphs.traces
         norms = self._measure(data, total)
@@ -217,16 +215,17 @@ class AdaptiveTrainFunction:
         if self._graphs is not None:
             return
         self._start_controller(total)
-        splits = self.controller.measures or self.controller.accumulates
+        measures = self.controller.measures or self.controller.accumulates
         make_graphs = self._team.graphs or UpdateGraphs
-        if splits or make_graphs.replicated:
+        splits = measures or make_graphs.replicated
+        if splits:
             exactness.check_step(self._model)
         graphs = make_graphs(
-            self._model, self.controller.clock.batch_size, splits
+            self._model, self.controller.clock.batch_size, measures
         )
         sample = self._team.sample(data)
         graphs.build(slicing.examples(sample, 0, min(total, 1)))
-        if splits or make_graphs.replicated:
+        if splits:
             exactness.check_loss(self._model, graphs.normaliser, sample)
         self._graphs = graphs
 
@@ -244,8 +243,7 @@ class AdaptiveTrainFunction:
             controller.epoch = self.epoch
         elif controller.examples == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
-            steps = self._model.optimizer.iterations
-            controller.clock.steps = int(keras.ops.convert_to_numpy(steps))
+            controller.clock.steps = _number(self._model.optimizer.iterations)
         controller.clock.start_epoch()
         self.controller = controller
 
@@ -377,23 +375,11 @@ class AdaptiveTrainFunction:
         self.epoch_examples += measurement.examples
         if measurement.traced:
             self.tracing_seconds += measurement.seconds
-        self._warn_once(measurement)
+        self._has_warned = warn_once(
+            measurement, self.controller, self._has_warned
+        )
         self.controller.observe(measurement)
         self.on_superbatch(measurement)
-
-    def _warn_once(self, measurement):
-        finite = measurement.loss is None or math.isfinite(measurement.loss)
-        if not finite and not self._has_warned:
-            warnings.warn(
-                f"The loss became {measurement.loss} between updates "
-                f"{self.controller.updates + 1} and "
-                f"{self.controller.updates + measurement.updates}. The batch "
-                f"size is held at {self.controller.batch_size} while it is "
-                "not finite.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._has_warned = self._has_warned or not finite
 
     @property
     def factor(self):
@@ -403,6 +389,8 @@ class AdaptiveTrainFunction:
 
 def _scalar(logs, name):
     value = logs.get(name) if isinstance(logs, dict) else None
-    if value is None:
-        return None
-    return float(keras.ops.convert_to_numpy(value))
+    return None if value is None else float(_number(value))
+
+
+def _number(value):
+    return keras.ops.convert_to_numpy(value).item()

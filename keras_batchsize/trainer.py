@@ -269,7 +269,12 @@ class AdaptiveTrainer:
             if examples is not None:
                 limit = examples / _LARGEST_PART
             maximum = largest_on_ladder(base, limit)
-        return Ladder(base, base if minimum is None else minimum, maximum)
+        return Ladder(
+            base,
+            base if minimum is None else minimum,
+            maximum,
+            replicas=replicas.count(self.model),
+        )
 
     def evaluate(self, *args, **kwargs):
         """Calls `model.evaluate`."""

@@ -27,9 +27,10 @@ FLOORS = (
     ("controller", "report", "tensorboard"),
     # From here on TensorFlow and Keras may be imported.
     ("exhaustion", "keras_private", "slicing"),
-    ("exactness", "learning_rate", "superbatches"),
-    ("gradients", "requirements"),
-    ("update_graphs",),
+    ("replicas",),
+    ("distributed", "exactness", "learning_rate", "superbatches"),
+    ("gradients", "requirements", "workers"),
+    ("replica_graphs", "update_graphs"),
     ("train_function",),
     ("memory",),
     ("callbacks",),
@@ -219,19 +220,33 @@ def private_keras_imports(module):
             yield node.lineno, f"`{ast.unparse(node)}`"
 
 
+def defined_names(nodes):
+    """Names of functions, of what is assigned to, and of class bodies."""
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    names |= {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    # Attributes of a class body, fields of dataclasses among them.
+    return names | {node.id for node in nodes if isinstance(node, ast.Name)}
+
+
 def foreign_private_attributes(module):
     """Yields `model._name` and the like: private names that are not ours.
 
-    Names that the module itself defines are its own, on whatever object.
+    Names that the module itself defines are its own, on whatever object; in
+    a part of a room also those of the room that it belongs to.
     """
     if module.room == "keras_private":
         return
     nodes = list(ast.walk(module.tree))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-    own |= {a.attr for a in attributes if isinstance(a.ctx, ast.Store)}
-    # Attributes of a class body, fields of dataclasses among them.
-    own |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    own = defined_names(nodes)
+    if module.name != module.room:
+        for other in MODULES:
+            if other.name == module.room:
+                own |= defined_names(list(ast.walk(other.tree)))
     for node in attributes:
         is_private = re.match(r"_(?!_)", node.attr)
         if is_private and node.attr not in own | NAMEDTUPLE_CONTRACT:

@@ -47,10 +47,12 @@ IMPORTED = {
 
 ATTRIBUTES = {
     "_auto_config": "fixed_batch_size",
+    "_all_reduce_sum_gradients": "gradients_are_sums",
     "_batch_size": "batch_size_of",
     "_call_has_training_arg": "predict_for_training",
     "_compile_loss": "output_loss_metrics",
     "_compute_loss": "compute_loss",
+    "_distributed_dataset": "built_from_specs",
     "_input_dataset": "batch_size_of",
     "_flatten_layers": "flatten_layers",
     "_inputs": "makes_batches",
@@ -58,8 +60,11 @@ ATTRIBUTES = {
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
+    "_maybe_symbolic_build": "built_from_specs",
     "_momentums": "velocities",
     "_rng": "global_state",
+    "_symbolic_build": "build_symbolically",
+    "_value_specs": "built_from_specs",
 }
 
 
@@ -90,7 +95,7 @@ def test_every_private_name_is_pinned():
         node.value
         for node in nodes
         if isinstance(node, ast.Constant)
-        and str(node.value) in ("_keras_mask", "_learning_rate", "_rng")
+        and node.value in ATTRIBUTES
     }
     assert attributes - {"__setattr__", "__name__"} == set(ATTRIBUTES)
     imported = {
@@ -380,6 +385,45 @@ def test_dataset_tells_whether_it_makes_batches(name):
         assert keras_private.makes_batches(dataset) is expected, changed(
             f"{type(dataset).__name__}._inputs", user("_inputs")
         )
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_optimizer_sums_gradients_in_one_method(kind, monkeypatch):
+    asked = []
+    optimizer = kind(0.1)
+    name = "_all_reduce_sum_gradients"
+    object.__setattr__(
+        optimizer, name, lambda pairs: asked.append(len(pairs)) or pairs
+    )
+    variable = keras.Variable([1.0, 2.0])
+    optimizer.apply([tf.constant([1.0, 1.0])], [variable])
+    assert asked == [1], changed(name, user(name))
+
+
+def test_fit_builds_in_one_method_from_its_iterator():
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    seen = []
+    with strategy.scope():
+        model = compiled(dense)()
+    name = "_maybe_symbolic_build"
+    message = changed(name, user(name))
+    object.__setattr__(model, name, lambda iterator: seen.append(iterator))
+    x = np.zeros((4, comparing.FEATURES))
+    model.fit(x, x[:, 0], verbose=0)
+    model.evaluate(x, x[:, 0], verbose=0)
+    assert len(seen) == 2, message
+    for iterator in seen:
+        specs = keras.tree.flatten(iterator._distributed_dataset.element_spec)
+        shapes = [spec.shape.as_list() for spec in specs]
+        assert shapes == [[None, comparing.FEATURES], [None]], message
+
+
+def test_symbolic_build_makes_all_variables():
+    model = compiled(lambda: keras.Sequential([keras.layers.Dense(1)]))()
+    spec = tf.TensorSpec([None, 3], tf.float32)
+    model._symbolic_build(data_batch=(spec, spec))
+    message = changed("_symbolic_build", user("_symbolic_build"))
+    assert model.built and model.optimizer.built, message
 
 
 def test_backup_and_restore_saves_in_one_method(tmp_path):

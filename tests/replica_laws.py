@@ -1,0 +1,467 @@
+"""R replicas are one device: a program that `test_replicas.py` runs for each R.
+
+Logical devices must be made before TensorFlow does anything else, so each R
+has a process of its own, which tries all its laws and prints one line of JSON
+per law. Run it by hand as `python tests/replica_laws.py 3 [law ...]`.
+"""
+
+import json
+import sys
+import time
+import traceback
+
+import comparing
+import keras
+import numpy as np
+import tensorflow as tf
+from comparing import adaptive
+from comparing import compiled
+from comparing import dense
+from comparing import plain
+
+from keras_batchsize import learning_rate
+from keras_batchsize import replicas
+from keras_batchsize.policies import BatchSizeSchedule
+from keras_batchsize.replica_graphs import ReplicaGraphs
+
+optimizers = keras.optimizers
+
+# Float32 sums in another order, carried on over some twenty updates. Adam and
+# its relatives divide by the root of a squared gradient, which for a gradient
+# near zero passes its relative rounding on in full.
+RTOL, RTOL_ADAPTIVE = 5e-5, 5e-4
+
+LAWS = {}
+
+
+def law(*replica_numbers):
+    """Registers a law that is tried for some numbers of replicas."""
+
+    def register(function):
+        LAWS[function.__name__] = (function, replica_numbers)
+        return function
+
+    return register
+
+
+def under(strategy, make_model):
+    """Makes models under the scope of a strategy, as its users do."""
+
+    def make():
+        with strategy.scope():
+            return make_model()
+
+    return make
+
+
+def assert_replicas_agree(model):
+    """Every replica holds the same values, bit for bit."""
+    strategy = model.distribute_strategy
+    for variable in [*model.weights, *model.optimizer.variables]:
+        first, *others = strategy.experimental_local_results(variable.value)
+        for other in others:
+            np.testing.assert_array_equal(other, first, variable.path)
+
+
+def assert_one_device(strategy, make_model, *data, rtol=RTOL, **arguments):
+    """Compares with plain `fit` on one device, at a fixed batch size."""
+    size = arguments.pop("superbatch_size", comparing.SUPERBATCH)
+    ours_only = {"policy": "fixed", "superbatch_size": size}
+    theirs = plain(make_model, *data, **arguments)
+    ours = adaptive(
+        under(strategy, make_model), *data, **ours_only, **arguments
+    )
+    comparing.assert_close(ours, theirs, rtol)
+    assert_replicas_agree(ours.model)
+    return ours
+
+
+def momentum(**options):
+    return compiled(
+        dense,
+        optimizer=lambda: optimizers.SGD(0.05, momentum=0.9),
+        metrics=["mae"],
+        **options,
+    )
+
+
+@law(2, 3, 4)
+def momentum_is_that_of_one_device(strategy):
+    """Shuffled; the last update and the last of validation are ragged."""
+    arguments = {"validation_split": 0.3}
+    data = x, y = comparing.regression()
+    ours = assert_one_device(strategy, momentum(), *data, **arguments)
+    theirs = plain(momentum(), *data, **arguments)
+    np.testing.assert_allclose(
+        ours.result.evaluate(x, y, verbose=0),
+        theirs.model.evaluate(x, y, verbose=0),
+        rtol=RTOL,
+    )
+    np.testing.assert_allclose(
+        ours.result.predict(x, verbose=0),
+        theirs.model.predict(x, verbose=0),
+        rtol=RTOL,
+        atol=RTOL,
+    )
+
+
+@law(2)
+def a_strategy_of_one_device_measures_as_without(strategy):
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    data = comparing.regression()
+    arguments = {"policy": "measure", "measure_every": 1}
+    theirs = adaptive(momentum(), *data, **arguments)
+    ours = adaptive(under(strategy, momentum()), *data, **arguments)
+    del theirs.history["examples_per_second"]
+    comparing.assert_close(ours, theirs, RTOL)
+    np.testing.assert_allclose(
+        ours.result.noise_scale.value, theirs.result.noise_scale.value, 1e-3
+    )
+
+
+@law(3, 4)
+def a_share_may_be_empty(strategy):
+    """The last superbatch, and so the last update, is a single example."""
+    assert_one_device(strategy, momentum(), *comparing.regression(65))
+
+
+@law(3)
+def a_batch_may_be_smaller_than_the_replicas(strategy):
+    assert_one_device(
+        strategy,
+        momentum(),
+        *comparing.regression(11),
+        batch_size=2,
+        superbatch_size=4,
+    )
+
+
+@law(2)
+def clipnorm_clips_the_sum(strategy):
+    make = compiled(dense, optimizer=lambda: optimizers.SGD(0.1, clipnorm=0.1))
+    assert_one_device(strategy, make, *comparing.regression())
+
+
+@law(3)
+def global_clipnorm_clips_the_sum(strategy):
+    make = compiled(
+        dense, optimizer=lambda: optimizers.SGD(0.1, global_clipnorm=0.1)
+    )
+    assert_one_device(strategy, make, *comparing.regression())
+
+
+@law(4)
+def clipvalue_clips_the_sum(strategy):
+    make = compiled(
+        dense, optimizer=lambda: optimizers.SGD(0.1, clipvalue=0.02)
+    )
+    assert_one_device(strategy, make, *comparing.regression())
+
+
+@law(2)
+def adam_with_average_weights_and_regularisers(strategy):
+    def regularised():
+        return dense(kernel_regularizer="l2", activity_regularizer="l1")
+
+    make = compiled(
+        regularised,
+        optimizer=lambda: optimizers.Adam(
+            0.01, use_ema=True, ema_momentum=0.9
+        ),
+    )
+    assert_one_device(
+        strategy, make, *comparing.regression(), rtol=RTOL_ADAPTIVE
+    )
+
+
+@law(3)
+def adamw_with_a_schedule(strategy):
+    make = compiled(
+        dense,
+        optimizer=lambda: optimizers.AdamW(
+            comparing.SCHEDULES["ExponentialDecay"](), weight_decay=0.05
+        ),
+    )
+    assert_one_device(
+        strategy, make, *comparing.regression(), rtol=RTOL_ADAPTIVE
+    )
+
+
+@law(4)
+def weight_decay_and_constraints(strategy):
+    def constrained():
+        return dense(kernel_constraint=keras.constraints.MaxNorm(0.7))
+
+    make = compiled(
+        constrained,
+        optimizer=lambda: optimizers.SGD(
+            0.05, momentum=0.9, nesterov=True, weight_decay=0.1
+        ),
+    )
+    assert_one_device(strategy, make, *comparing.regression())
+
+
+@law(3)
+def sample_weights(strategy):
+    weights = np.random.default_rng(1).uniform(size=comparing.EXAMPLES)
+    # Some shares weigh nothing at all.
+    weights[:16] = 0.0
+    for reduction in ("sum_over_batch_size", "mean_with_sample_weight"):
+        make = momentum(
+            loss=keras.losses.MeanSquaredError(reduction=reduction),
+            weighted_metrics=["mse"],
+        )
+        assert_one_device(
+            strategy, make, *comparing.regression(), sample_weight=weights
+        )
+
+
+@law(2)
+def several_outputs(strategy):
+    make = comparing.in_two_outputs(lambda: optimizers.SGD(0.05))
+    assert_one_device(strategy, make, *comparing.for_two_outputs())
+
+
+def assert_sizes_are_those_of_one_device(strategy, policy, **arguments):
+    data = comparing.regression()
+    make = momentum()
+    theirs = adaptive(make, *data, policy=policy(), epochs=4, **arguments)
+    ours = adaptive(
+        under(strategy, make), *data, policy=policy(), epochs=4, **arguments
+    )
+    for trained in (theirs, ours):
+        del trained.history["examples_per_second"]
+        del trained.history["noise_scale"]
+    # Momentum and a high rate carry rounding on for four epochs.
+    comparing.assert_close(ours, theirs, 4 * RTOL)
+    assert_replicas_agree(ours.model)
+    return ours
+
+
+@law(2, 3, 4)
+def the_size_may_rise_and_fall(strategy):
+    ours = assert_sizes_are_those_of_one_device(
+        strategy,
+        lambda: BatchSizeSchedule({1: 32, 2: 16, 3: 4}),
+        min_batch_size=4,
+    )
+    assert ours.history["batch_size"] == [8, 32, 16, 4]
+
+
+@law(2, 3)
+def a_batch_may_be_larger_than_a_superbatch(strategy):
+    ours = assert_sizes_are_those_of_one_device(
+        strategy,
+        lambda: BatchSizeSchedule({1: 64, 3: 8}),
+        superbatch_size=16,
+        max_batch_size=64,
+    )
+    assert ours.history["batch_size"] == [8, 64, 64, 8]
+
+
+@law(2, 3, 4)
+def norms_are_those_of_the_shares(strategy):
+    """The gradients of `offset` are w - x: all moments are known."""
+    number = strategy.num_replicas_in_sync
+    model = comparing.seeded(under(strategy, comparing.offset()))
+    x, y = comparing.regression(22)
+    dataset = replicas.dealt_out(
+        tf.data.Dataset.from_tensor_slices((x, y)).batch(22), strategy
+    )
+    graphs = ReplicaGraphs(model, 12, True)
+    data = next(iter(dataset))
+    graphs.build(replicas.local_shares(strategy, data)[0])
+    for micro in (12, 2):  # In one micro-batch, and in several.
+        rows = graphs.accumulate(
+            graphs.zeros(),
+            data,
+            22,
+            (12, micro),
+            True,
+            learning_rate.rate_in_force(1.0, 1.0, 0, 0),
+        )[-1].numpy()
+        for row, start, end in zip(rows, (0, 12), (12, 22)):
+            parts = []
+            step = min(micro * number, 12)
+            for first in range(start, end, step):
+                last = min(first + step, end)
+                for index in range(number):
+                    kept = np.arange(first, last)
+                    parts.append(0.5 - x[kept[kept % number == index]])
+            parts = [one for one in parts if len(one)]
+            squares = [
+                len(one) * np.square(one.mean(axis=0)).sum() for one in parts
+            ]
+            mean = np.square((0.5 - x[start:end]).mean(axis=0)).sum()
+            np.testing.assert_allclose(
+                row,
+                [sum(squares) / (end - start), mean, end - start, len(parts)],
+                rtol=1e-5,
+            )
+
+
+@law(2, 3)
+def noise_scale_comes_free_with_every_update(strategy):
+    x, y = comparing.regression(4096)
+    make = comparing.offset()
+    ours = adaptive(
+        under(strategy, make),
+        x,
+        y,
+        policy="measure",
+        batch_size=16,
+        superbatch_size=256,
+        epochs=4,
+    )
+    estimate = ours.result.noise_scale
+    gradients = 0.5 - x
+    signal = np.square(gradients.mean(axis=0)).sum()
+    truth = gradients.var(axis=0).sum() / signal
+    assert estimate.resolved
+    assert estimate.standard_error < 0.1 * truth
+    assert abs(estimate.value - truth) < 3.0 * estimate.standard_error
+    # Nothing was measured by itself, nothing was paid for.
+    assert ours.result.report.settings["measuring_share"] == 0.0
+
+
+@law(2, 3)
+def an_infinity_on_the_last_replica_skips_the_update(strategy):
+    number = strategy.num_replicas_in_sync
+
+    def mixed():
+        keras.config.set_dtype_policy("mixed_float16")
+        try:
+            return dense()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    make = compiled(
+        mixed,
+        optimizer=lambda: optimizers.LossScaleOptimizer(
+            optimizers.SGD(0.05, momentum=0.9),
+            initial_scale=1024.0,
+            dynamic_growth_steps=1000,
+        ),
+    )
+    x, y = comparing.regression(4 * number)
+    y[number + number - 1] = 6e4  # Example of the last replica, second update.
+    ours = adaptive(
+        under(strategy, make),
+        x,
+        y,
+        policy="measure",
+        shuffle=False,
+        batch_size=number,
+        superbatch_size=4 * number,
+        epochs=1,
+    )
+    kept = [0, 2, 3]
+    x, y = (one.reshape(4, number, -1)[kept] for one in (x, y))
+    theirs = plain(
+        make,
+        x.reshape(3 * number, -1),
+        y.reshape(3 * number, -1),
+        batch_size=number,
+        epochs=1,
+        shuffle=False,
+    )
+    optimizer = ours.model.optimizer
+    scales = strategy.experimental_local_results(optimizer.dynamic_scale.value)
+    assert [float(one) for one in scales] == [512.0] * number
+    assert int(keras.ops.convert_to_numpy(optimizer.iterations)) == 3
+    for one, other in zip(ours.model.weights, theirs.model.weights):
+        # Half precision, in shares of one example.
+        np.testing.assert_allclose(
+            one.numpy(), other.numpy(), rtol=2e-2, atol=2e-3
+        )
+    assert_replicas_agree(ours.model)
+
+
+@law(2)
+def batch_norm_is_that_of_keras(strategy):
+    """Each replica normalises by its own share, as under Keras's own `fit`.
+
+    Keras gives a replica a run of each batch, so that it gets the examples in
+    the order in which they are dealt out here.
+    """
+
+    def make_model():
+        model = keras.Sequential(
+            [
+                keras.Input((comparing.FEATURES,)),
+                keras.layers.Dense(6),
+                keras.layers.BatchNormalization(momentum=0.7),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(optimizer=optimizers.SGD(0.05), loss="mse")
+        return model
+
+    x, y = comparing.regression(64)
+    dealt = np.arange(64).reshape(-1, 4, 2).swapaxes(1, 2).reshape(-1)
+    theirs = plain(
+        under(strategy, make_model), x[dealt], y[dealt], shuffle=False
+    )
+    ours = adaptive(
+        under(strategy, make_model), x, y, policy="fixed", shuffle=False
+    )
+    comparing.assert_close(ours, theirs, RTOL)
+    for one, other in zip(ours.model.weights, theirs.model.weights):
+        for own, its in zip(
+            strategy.experimental_local_results(one.value),
+            strategy.experimental_local_results(other.value),
+        ):
+            np.testing.assert_allclose(own, its, rtol=RTOL, atol=RTOL)
+
+
+@law(2)
+def every_kind_of_input(strategy):
+    x, y = comparing.regression()
+
+    def batches():
+        while True:
+            for start in range(0, 70, 10):
+                yield x[start : start + 10], y[start : start + 10]
+
+    for data, steps in (
+        (tf.data.Dataset.from_tensor_slices((x, y)).batch(10), None),
+        (batches(), 7),
+    ):
+        theirs = plain(
+            momentum(), x, y, batch_size=10, epochs=1, shuffle=False
+        )
+        ours = adaptive(
+            under(strategy, momentum()),
+            data,
+            policy="fixed",
+            batch_size=10,
+            superbatch_size=20,
+            steps_per_epoch=steps,
+            epochs=1,
+        )
+        comparing.assert_close(ours, theirs, RTOL)
+
+
+def main(number, names):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * number
+    )
+    strategy = tf.distribute.MirroredStrategy(
+        [f"CPU:{index}" for index in range(number)]
+    )
+    for name, (function, numbers) in LAWS.items():
+        if number not in numbers or (names and name not in names):
+            continue
+        began, error = time.perf_counter(), None
+        try:
+            function(strategy)
+        except Exception:
+            error = traceback.format_exc()
+        seconds = round(time.perf_counter() - began, 1)
+        print(json.dumps({"law": name, "error": error, "seconds": seconds}))
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,53 @@
+"""R replicas are one device, on 2, 3 and 4 logical CPUs.
+
+Each number of replicas is a process of its own, see `replica_laws.py`, which
+tries all its laws once; each law is a test here.
+"""
+
+import json
+import pathlib
+
+import pytest
+import replica_laws
+
+PROGRAM = pathlib.Path(replica_laws.__file__)
+REPLICAS = (2, 3, 4)
+# Seconds for all laws of a process; about 40 on a quiet machine.
+TIME_LIMIT = 500
+
+
+@pytest.fixture(scope="module")
+def outcome_of(run_python):
+    """Returns a function from replicas and law to the law's outcome."""
+    outcomes = {}
+
+    def run(number):
+        result = run_python(
+            PROGRAM.name, str(number), cwd=PROGRAM.parent, timeout=TIME_LIMIT
+        )
+        lines = map(json.loads, result.stdout.splitlines())
+        return {one["law"]: one["error"] for one in lines}, result.stderr
+
+    def outcome(number, law):
+        if number not in outcomes:
+            outcomes[number] = run(number)
+        errors, stderr = outcomes[number]
+        assert law in errors, stderr
+        return errors[law]
+
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "law"),
+    [
+        (number, name)
+        for number in REPLICAS
+        for name, (_, numbers) in replica_laws.LAWS.items()
+        if number in numbers
+    ],
+)
+def test_replicas_are_one_device(outcome_of, number, law):
+    error = outcome_of(number, law)
+    assert error is None, error
