@@ -8,6 +8,7 @@ const HEIGHT = 250;
 // With more runs than this, bands and marks would hide the lines.
 const FEW_RUNS = 4;
 const TOOLTIP_RUNS = 8;
+const MAX_DOTS = 50;
 
 /**
  * A line: `tag` it reads, or `loss` of Keras; `label`; `width` and `dash` in
@@ -67,6 +68,7 @@ export const CHARTS = [
   {
     id: "loss",
     title: "Loss",
+    dots: true,
     unit: "at the ends of epochs, from Keras",
     format: short,
     lines: [
@@ -278,6 +280,7 @@ export class Chart {
       ],
       hooks: {
         drawAxes: [(plot) => this._drawMarks(plot)],
+        draw: [(plot) => this.spec.dots && this._drawDots(plot)],
         setCursor: [(plot) => this._onCursor(plot)],
         setSelect: [(plot) => this._onSelect(plot)],
         ready: [
@@ -304,7 +307,9 @@ export class Chart {
     if (this.spec.log) return [low / 1.35, high * 1.35];
     const bottom = this.spec.zero ? 0 : low - 0.06 * (high - low);
     const top = high + 0.06 * (high - bottom);
-    return top > bottom ? [bottom, top] : [bottom, bottom + 1];
+    if (top > bottom) return [bottom, top];
+    const room = Math.abs(high) / 10 || 1; // A single value, or a flat line.
+    return [bottom - room, top + room];
   }
 
   /** A mark at each change of the size: a line, or a tick with many runs. */
@@ -328,6 +333,28 @@ export class Chart {
         ctx.lineTo(left, bottom);
         ctx.stroke();
       }
+    }
+    ctx.restore();
+  }
+
+  /** The points themselves, where they are few; one alone makes no line. */
+  _drawDots(plot) {
+    const { ctx } = plot;
+    const radius = 2.2 * (window.devicePixelRatio || 1);
+    const { min, max } = plot.scales.x;
+    ctx.save();
+    for (const { run, line } of this.columns) {
+      const { at, values } = pointsOf(run.data, this.axis, line);
+      if (at.length > MAX_DOTS) continue;
+      ctx.fillStyle = run.colour;
+      at.forEach((x, i) => {
+        if (values[i] === null || x < min || x > max) return;
+        ctx.beginPath();
+        const left = plot.valToPos(x, "x", true);
+        const top = plot.valToPos(values[i], "y", true);
+        ctx.arc(left, top, radius, 0, 2 * Math.PI);
+        ctx.fill();
+      });
     }
     ctx.restore();
   }
