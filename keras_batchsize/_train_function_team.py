@@ -8,26 +8,45 @@ import dataclasses
 
 import tensorflow as tf
 
+from keras_batchsize import exactness
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize.records import Timing
 from keras_batchsize.replica_graphs import ReplicaGraphs
+from keras_batchsize.update_graphs import UpdateGraphs
 from keras_batchsize.workers import Workers
 
 # What Keras hands over while it fits.
 ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator
 
 
-def team_of(model):
-    """Returns the `OneDevice` or the `Team` that trains a model."""
+def team_of(model, examples):
+    """Returns the `OneDevice` or the `Team` that trains a model.
+
+    Args:
+        model: A Keras model.
+        examples: Function (superbatch, start, size) that returns a batch on
+            one device.
+    """
     strategy = replicas.strategy_of(model)
-    return OneDevice() if strategy is None else Team(strategy)
+    return OneDevice(examples) if strategy is None else Team(strategy)
 
 
 class OneDevice:
-    """A device that trains alone."""
+    """A device that trains alone.
 
-    graphs = None
+    Args:
+        examples: Function (superbatch, start, size) that returns a batch.
+    """
+
+    replicated = False
+
+    def __init__(self, examples):
+        self._examples = examples
+
+    def make_graphs(self, model, base_batch_size, splits):
+        """Returns the `UpdateGraphs` of a model."""
+        return UpdateGraphs(model, base_batch_size, splits, self._examples)
 
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end."""
@@ -36,7 +55,8 @@ class OneDevice:
 
     def sample(self, data):
         """Returns a batch to build and try the model with."""
-        return data
+        total = slicing.number_of_examples(data)
+        return self._examples(data, 0, min(total, exactness.TRIAL_EXAMPLES))
 
     def agreed(self, measurement):
         """Returns the `Measurement` that everybody decides on."""
@@ -50,11 +70,15 @@ class Team:
         strategy: A `tf.distribute.Strategy`.
     """
 
-    graphs = ReplicaGraphs
+    replicated = True
 
     def __init__(self, strategy):
         self._strategy = strategy
         self._workers = Workers(strategy)
+
+    def make_graphs(self, model, base_batch_size, measures):
+        """Returns the `ReplicaGraphs` of a model."""
+        return ReplicaGraphs(model, base_batch_size, measures)
 
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end.

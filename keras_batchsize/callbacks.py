@@ -14,6 +14,7 @@ from keras_batchsize import keras_private
 from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
+from keras_batchsize import slicing
 from keras_batchsize._callbacks_backup import BackupAndRestore
 from keras_batchsize._callbacks_base import change_of
 from keras_batchsize._callbacks_base import row_of
@@ -141,6 +142,10 @@ class DynamicBatchSize(keras.callbacks.Callback):
             replicas=replicas.count(self.model),
         )
 
+    def examples(self, superbatch, start, size):
+        """Returns so many examples of a superbatch, from `start` on."""
+        return slicing.examples(superbatch, start, size)
+
     def on_train_begin(self, logs=None):
         """Puts the adaptive train function in place."""
         requirements.check_model(self.model)
@@ -149,6 +154,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
             self.make_controller,
             steps=self.params.get("steps"),
             epochs=self.params.get("epochs", 1),
+            examples=self.examples,
         )
         function.on_superbatch.append(self._record)
         function.on_decision.append(self._announce)

@@ -26,7 +26,7 @@ _WHOLE_BATCH_FUNCTIONS = (
 
 # Examples on which a loss is tried out, and the size of the parts: what a loss
 # makes of how examples differ shows most in the smallest parts.
-_TRIAL_EXAMPLES = 16
+TRIAL_EXAMPLES = 16
 _TRIAL_PART = 2
 
 
@@ -175,7 +175,7 @@ def check_loss(model, kind, data):
     Raises:
         ValueError: If the loss of the whole is not that of the pairs.
     """
-    size = min(int(slicing.count_examples(data)), _TRIAL_EXAMPLES)
+    size = min(int(slicing.count_examples(data)), TRIAL_EXAMPLES)
     starts = range(0, size - _TRIAL_PART + 1, _TRIAL_PART)
     size = len(starts) * _TRIAL_PART
     if len(starts) < 2:

@@ -8,6 +8,7 @@ that says which, not by a user.
 import contextlib
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state as keras_globals
 from keras.src.losses import loss as loss_module
@@ -21,6 +22,28 @@ print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
 data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
+
+
+def tensors_of(adapter):
+    """Returns the data of a Keras adapter of arrays as it hands them over.
+
+    Args:
+        adapter: What `data_adapter_for` returned for arrays.
+
+    Returns:
+        Nested structure of tensors, floats of Keras's `floatx`, weights of
+        classes included. What is sparse comes in a wrapper of Keras.
+    """
+    arrays = array_slicing.convert_to_sliceable(
+        adapter._inputs, target_backend="tensorflow"
+    )
+    return keras.tree.map_structure(
+        lambda leaf: (
+            tf.convert_to_tensor(leaf) if isinstance(leaf, np.ndarray) else leaf
+        ),
+        keras.tree.lists_to_tuples(arrays),
+    )
+
 
 # Datasets of TensorFlow that make batches, and that pass them on as they are.
 _BATCHING = ("_BatchDataset", "_PaddedBatchDataset", "_ParallelBatchDataset")

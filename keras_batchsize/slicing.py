@@ -71,6 +71,24 @@ def examples(data, start, size):
     return keras.tree.map_structure(cut, data)
 
 
+def gathered(arrays, rows, start, size):
+    """Returns the examples of `size` rows, from the row at `start` on.
+
+    Args:
+        arrays: Nested structure of dense tensors with a common first axis.
+        rows: Integer tensor of shape (rows,), indices into that axis.
+        start: Integer or scalar int32 tensor.
+        size: Likewise.
+
+    Returns:
+        The structure of `arrays` with `size` examples.
+    """
+    rows = examples(rows, start, size)
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else tf.gather(leaf, rows), arrays
+    )
+
+
 def padded(data, size):
     """Repeats the first examples until there are `size`.
 

@@ -21,6 +21,7 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import _checks
+from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
@@ -28,11 +29,10 @@ from keras_batchsize.plan import largest_on_ladder
 
 # An epoch should have so many superbatches, to change the size within it, ...
 _SUPERBATCHES_PER_EPOCH = 16
-# ... but a superbatch so many batches, or the way through Python takes over;
-# with this many examples its share is small anyway. There are at least so many
-# per epoch, or reading them does not run beside training on them.
+# ... but a superbatch so many batches, or the way through Python takes over.
+# There are at least so many per epoch, or reading them does not run beside
+# training on them.
 _BATCHES_PER_SUPERBATCH = 16
-_ENOUGH_EXAMPLES = 1024
 _FEWEST_PER_EPOCH = 8
 # Small data are handed over in fewer pieces, down to this size.
 _SMALLEST_SUPERBATCH = 256
@@ -51,6 +51,8 @@ class Superbatches(keras_private.DataAdapter):
             None if the adapter's batches are superbatches already.
         bounds: Pair (at least, at most) of the examples in one pass over the
             data, or None if it is not known.
+        arrays: Nested structure of tensors whose row numbers the adapter
+            hands over, or None if it hands over examples.
 
     Attributes:
         base_batch_size: B₀, in examples.
@@ -59,14 +61,16 @@ class Superbatches(keras_private.DataAdapter):
         strategy: The strategy whose replicas share them, or None.
     """
 
-    def __init__(self, adapter, sizes, bounds):
+    def __init__(self, adapter, sizes, bounds, arrays=None):
         self.base_batch_size = None
         self.superbatch_size = None
-        self.steps_per_epoch = None
         self.strategy = None
+        self._arrays = arrays
         self._adapter = adapter
         self._sizes = sizes
         self._bounds = bounds
+        # Told the number, Keras makes one iterator per epoch instead of two.
+        self.steps_per_epoch = None if arrays is None else self.num_batches
 
     def get_tf_dataset(self):
         """Returns the superbatches as a `tf.data.Dataset`.
@@ -74,6 +78,8 @@ class Superbatches(keras_private.DataAdapter):
         Under a strategy they are dealt out to the replicas already.
         """
         dataset = self._adapter.get_tf_dataset()
+        if self._arrays is not None:
+            dataset = dataset.with_options(_arrays.pipeline_options())
         if self._sizes is not None:
             if _has_optionals(dataset):
                 dataset = dataset.map(_without_nones)
@@ -99,6 +105,13 @@ class Superbatches(keras_private.DataAdapter):
             rest -= next(sizes)
             count += 1
         return count
+
+    @property
+    def examples(self):
+        """Function (superbatch, start, size) that returns its examples."""
+        if self._arrays is None:
+            return slicing.examples
+        return functools.partial(slicing.gathered, self._arrays)
 
     @property
     def examples_per_epoch(self):
@@ -158,7 +171,7 @@ def make_superbatches(
     adapter_for = functools.partial(
         keras_private.data_adapter_for, class_weight=class_weight
     )
-    adapter, is_arrays = None, data.batch_size is None
+    adapter, arrays, is_arrays = None, None, data.batch_size is None
     if not is_arrays:
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
@@ -174,9 +187,10 @@ def make_superbatches(
         # "batch" shuffles within batches, so these must be the base ones.
         own = base if shuffle == "batch" else size
         adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
+        adapter, arrays = _arrays.at_hand(model, adapter, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
-    result = Superbatches(adapter, sizes, bounds)
+    result = Superbatches(adapter, sizes, bounds, arrays)
     result.base_batch_size, result.superbatch_size = base, size
     result.strategy = replicas.strategy_of(model)
     if steps_per_epoch is not None:
@@ -206,8 +220,8 @@ def _batched(x, y, sample_weight, model, batch_size):
     if isinstance(x, types.GeneratorType):
         first = next(x, None)
         return _of_first_batch(_chained(first, x), first)
-    if _is_arrays(x):
-        return _Batched(x, None, _count_arrays(x, y, sample_weight))
+    if _arrays.is_arrays(x):
+        return _Batched(x, None, _arrays.count(x, y, sample_weight))
     size = keras_private.data_adapter_for(x).batch_size
     if size is not None:
         return _Batched(x, size, None)
@@ -243,40 +257,9 @@ def _chained(first, rest):
     yield from itertools.chain([first], rest)
 
 
-def _is_arrays(x):
-    return all(
-        getattr(leaf, "shape", None) is not None
-        for leaf in keras.tree.flatten(x)
-        if leaf is not None
-    )
-
-
 def _count(data):
     leaf = next(leaf for leaf in keras.tree.flatten(data) if leaf is not None)
     return int(leaf.shape[0])
-
-
-def _count_arrays(x, y, sample_weight):
-    """Returns the number of examples, or raises if the arrays disagree."""
-    lengths = {}
-    for name, data in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-        for leaf in keras.tree.flatten(data):
-            if getattr(leaf, "shape", None):
-                lengths.setdefault(int(leaf.shape[0]), name)
-    if not lengths:
-        raise ValueError(
-            "`x` must be given: it is what the model is trained on. Received: "
-            f"x={x!r}. Pass arrays, a `tf.data.Dataset`, a `PyDataset` or a "
-            "generator."
-        )
-    if len(lengths) > 1:
-        listed = ", ".join(f"{name} of {n}" for n, name in lengths.items())
-        raise ValueError(
-            "All arrays must hold the same number of examples: they are cut "
-            f"into batches together. Received: {listed} examples. Use the "
-            f"first {min(lengths)} of each, if they belong together."
-        )
-    return next(iter(lengths))
 
 
 def _is_batched(dataset, model, batch_size):
@@ -349,10 +332,9 @@ def _superbatch_size(given, base, epoch):
         return _checked_superbatch_size(given, base)
     if epoch == math.inf:
         return base * _BATCHES_OF_UNKNOWN
-    batches = min(base * _BATCHES_PER_SUPERBATCH, _ENOUGH_EXAMPLES)
     limit = max(
         epoch / _SUPERBATCHES_PER_EPOCH,
-        min(batches, epoch / _FEWEST_PER_EPOCH),
+        min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
         min(_SMALLEST_SUPERBATCH, epoch),
     )
     return largest_on_ladder(base, limit)

@@ -16,6 +16,7 @@ from keras_batchsize import exactness
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
+from keras_batchsize._train_function_place import Place
 from keras_batchsize._train_function_team import ITERATORS
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_warning import warn_once
@@ -23,7 +24,6 @@ from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import Timing
-from keras_batchsize.update_graphs import UpdateGraphs
 
 
 class AdaptiveTrainFunction:
@@ -35,6 +35,8 @@ class AdaptiveTrainFunction:
             superbatch to the `Controller` that decides.
         steps: Keras steps per epoch, or None if not known.
         epochs: Number of epochs planned.
+        examples: Function (superbatch, start, size) that returns a batch as
+            `train_step` receives it.
 
     Attributes:
         controller: The `Controller`; None before the first superbatch.
@@ -51,7 +53,14 @@ class AdaptiveTrainFunction:
         identity: Name of the training, kept when it is resumed, or None.
     """
 
-    def __init__(self, model, controller_for, steps=None, epochs=1):
+    def __init__(
+        self,
+        model,
+        controller_for,
+        steps=None,
+        epochs=1,
+        examples=slicing.examples,
+    ):
         self.controller = None
         self.warmup_epochs = 0
         self.corrects_momentum = True
@@ -70,11 +79,9 @@ class AdaptiveTrainFunction:
         self.rate_batch_size = None
         self._model = model
         self._controller_for = controller_for
-        self._replaced = None
-        self._history = None
-        self._epoch_list = None
+        self._place = Place(model)
         self._graphs = None
-        self._team = team_of(model)
+        self._team = team_of(model, examples)
         self._pending = None
         self._state = None
         self._step = 0
@@ -89,25 +96,17 @@ class AdaptiveTrainFunction:
         """Becomes the model's train function, also in place of another."""
         if isinstance(self._model.train_function, AdaptiveTrainFunction):
             self._model.train_function.uninstall()
-        self._replaced = self._model.train_function
-        self._history = self._model.history
-        self._model.train_function = self
+        self._place.take(self)
 
     def uninstall(self):
         """Gives the model its own train function and momentum back."""
-        if self._model.train_function is self:
-            self._model.train_function = self._replaced
+        self._place.give_back(self)
         self._set_factor(1.0)
 
     @property
     def is_current(self):
         """Whether the `fit` it was installed for is the latest one."""
-        history = self._model.history
-        return history is self._history and (
-            # A `History` given to `fit` may be used again; this list is not.
-            self._epoch_list is None
-            or self._epoch_list is history.epoch
-        )
+        return self._place.is_current
 
     def start_epoch(self, epoch):
         """Starts counting the steps of an epoch.
@@ -115,7 +114,7 @@ class AdaptiveTrainFunction:
         Args:
             epoch: Zero-based integer.
         """
-        self._epoch_list = self._model.history.epoch
+        self._place.start_epoch()
         self._epoch_length = self.epoch_examples or self._epoch_length
         self.epoch = epoch
         self.epoch_examples = 0
@@ -136,7 +135,7 @@ class AdaptiveTrainFunction:
             Dict of logs, as a Keras train function returns them.
         """
         if not isinstance(iterator, ITERATORS):
-            return self._replaced(iterator)  # From `train_on_batch`.
+            return self._place.replaced(iterator)  # From `train_on_batch`.
         if not self.is_current:
             return self._left_over(iterator)
         try:
@@ -216,11 +215,10 @@ class AdaptiveTrainFunction:
             return
         self._start_controller(total)
         measures = self.controller.measures or self.controller.accumulates
-        make_graphs = self._team.graphs or UpdateGraphs
-        splits = measures or make_graphs.replicated
+        splits = measures or self._team.replicated
         if splits:
             exactness.check_step(self._model)
-        graphs = make_graphs(
+        graphs = self._team.make_graphs(
             self._model, self.controller.clock.batch_size, measures
         )
         sample = self._team.sample(data)

@@ -32,9 +32,10 @@ _LARGEST_OF_UNKNOWN = 64
 class _TrainerBatchSize(DynamicBatchSize):
     """`DynamicBatchSize` with a controller that outlives one `fit`."""
 
-    def __init__(self, controller, verbose):
+    def __init__(self, controller, examples, verbose):
         super().__init__(controller.policy, controller.ladder.base)
         self.verbose = verbose
+        self.examples = examples
         self._controller = controller
 
     def make_controller(self, superbatch_size):
@@ -195,7 +196,9 @@ class AdaptiveTrainer:
 
     def _fit(self, superbatches, callbacks, verbose, **arguments):
         controller = self._controller_for(superbatches)
-        sizes = _TrainerBatchSize(controller, self.verbose and verbose != 0)
+        sizes = _TrainerBatchSize(
+            controller, superbatches.examples, self.verbose and verbose != 0
+        )
         try:
             with distributed.prepared(self.model):
                 return self.model.fit(

@@ -38,13 +38,18 @@ class UpdateGraphs:
         model: A compiled Keras model.
         base_batch_size: B₀, in which the schedule's clock counts.
         splits: Whether batches are cut, to accumulate or to measure.
+        examples: Function (superbatch, start, size) that returns a batch as
+            `train_step` receives it.
     """
 
     replicated = False
 
-    def __init__(self, model, base_batch_size, splits):
+    def __init__(
+        self, model, base_batch_size, splits, examples=slicing.examples
+    ):
         self._model = model
         self._base = base_batch_size
+        self._examples = examples
         self._accumulator = GradientAccumulator(model) if splits else None
         self._outputs = None
         self._has_own_logs = _has_own_logs(model)
@@ -159,7 +164,7 @@ class UpdateGraphs:
             take = batch_size
             if not static:
                 take = tf.minimum(batch_size, stop - position)
-            batch = slicing.examples(data, position, take)
+            batch = self._examples(data, position, take)
             outputs = self._step(batch, rate.at(position, self._base))
             return position + take, outputs if self._has_own_logs else ()
 
@@ -229,7 +234,7 @@ class UpdateGraphs:
             if rows is None:
                 missing = batch_size - total.examples
                 take = tf.minimum(micro, tf.minimum(missing, stop - position))
-            batch = slicing.examples(data, position, take)
+            batch = self._examples(data, position, take)
             total = self._add(total, batch)
             end = position + take
             full = tf.logical_or(
@@ -294,7 +299,7 @@ class UpdateGraphs:
 
     def _measure_loop(self, data, part, parts):
         def body(index, total):
-            batch = slicing.examples(data, index * part, part)
+            batch = self._examples(data, index * part, part)
             return index + 1, self._add(total, batch)
 
         with self._accumulator.leaving_no_trace():

@@ -33,6 +33,9 @@ IMPORTED = {
         "the probe, for global seeds and names"
     ),
     "keras.src.losses.loss.apply_mask": "masked_weight",
+    "keras.src.trainers.data_adapters.array_slicing.convert_to_sliceable": (
+        "tensors_of"
+    ),
     "keras.src.trainers.data_adapters.array_slicing.train_validation_split": (
         "AdaptiveTrainer.fit"
     ),
@@ -54,9 +57,13 @@ ATTRIBUTES = {
     "_compute_loss": "compute_loss",
     "_distributed_dataset": "built_from_specs",
     "_input_dataset": "batch_size_of",
+<<<<<<< HEAD
     "_flatten_layers": "flatten_layers",
     "_inputs": "makes_batches",
     "_keras_history": "fixed_batch_size",
+=======
+    "_inputs": "makes_batches and tensors_of",
+>>>>>>> 5542f3d (Arrays on the CPU: the pipeline hands over row numbers, the loop gathers)
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
@@ -70,6 +77,20 @@ ATTRIBUTES = {
 
 def user(name):
     return f"{ATTRIBUTES[name]} in keras_private.py"
+
+
+def test_adapter_of_arrays_shows_what_its_dataset_would_hold():
+    from keras_batchsize import keras_private
+
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    adapter = keras_private.data_adapter_for(x, y, batch_size=6)
+
+    tensors = keras_private.tensors_of(adapter)
+
+    message = changed("ArrayDataAdapter._inputs", user("_inputs"))
+    for one, other in zip(tensors, next(iter(adapter.get_tf_dataset()))):
+        assert one.dtype == other.dtype, message
+        np.testing.assert_array_equal(one, other, err_msg=message)
 
 
 @pytest.mark.parametrize("path", IMPORTED)

@@ -773,7 +773,7 @@ def test_the_superbatch_leaves_room_to_change_within_an_epoch(
     x = np.zeros((20_000, 1), "float32")
 
     made = make_superbatches(
-        None, x, x, batch_size=batch_size, steps_per_epoch=steps
+        regressor(), x, x, batch_size=batch_size, steps_per_epoch=steps
     )
 
     batches_in_one = made.superbatch_size / batch_size
@@ -783,6 +783,33 @@ def test_the_superbatch_leaves_room_to_change_within_an_epoch(
     epoch = len(x) if steps is None else steps * batch_size
     assert made.examples_per_epoch == epoch
     assert epoch / made.superbatch_size >= 8
+
+
+def test_arrays_are_handed_over_as_row_numbers():
+    x = {"a": np.arange(40.0), "b": np.arange(80.0).reshape(40, 2)}
+    y = np.arange(40)
+
+    made = make_superbatches(
+        regressor(), x, y, batch_size=8, shuffle=False, class_weight={3: 0.5}
+    )
+
+    rows = next(iter(made.get_tf_dataset()))
+    assert rows.dtype.is_integer and rows.shape == (32,)
+    batch, targets, weights = made.examples(rows, 1, 4)
+    np.testing.assert_array_equal(batch["b"], x["b"][1:5])
+    np.testing.assert_array_equal(targets, [1, 2, 3, 4])
+    np.testing.assert_array_equal(weights, [1.0, 1.0, 0.5, 1.0])
+    # Keras computes in 32 bits whatever the arrays are of.
+    assert batch["a"].dtype == "float32"
+
+
+def test_arrays_that_are_not_dense_are_handed_over_themselves():
+    x = tf.sparse.from_dense(np.eye(40, dtype="float32"))
+
+    made = make_superbatches(regressor(), x, np.arange(40), batch_size=8)
+
+    superbatch = next(iter(made.get_tf_dataset()))
+    assert isinstance(superbatch[0], tf.SparseTensor)
 
 
 def test_reading_ahead_does_not_disturb_a_shuffle():
