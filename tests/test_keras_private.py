@@ -57,13 +57,9 @@ ATTRIBUTES = {
     "_compute_loss": "compute_loss",
     "_distributed_dataset": "built_from_specs",
     "_input_dataset": "batch_size_of",
-<<<<<<< HEAD
     "_flatten_layers": "flatten_layers",
-    "_inputs": "makes_batches",
-    "_keras_history": "fixed_batch_size",
-=======
     "_inputs": "makes_batches and tensors_of",
->>>>>>> 5542f3d (Arrays on the CPU: the pipeline hands over row numbers, the loop gathers)
+    "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
@@ -132,7 +128,10 @@ def test_every_private_name_is_pinned():
         # A module is imported, or the name itself.
         if path in imported or path.rsplit(".", 1)[0] in imported
     } == set(IMPORTED)
-    assert len(imported) == len(IMPORTED)
+    assert all(
+        any(f"{path}.".startswith(f"{one}.") for path in IMPORTED)
+        for one in imported
+    )
 
 
 # What the names mean.
