@@ -45,7 +45,6 @@ class ReplicaGraphs:
         measures: Whether norms of gradients are wanted.
     """
 
-    replicated = True
     compiles = False
 
     def __init__(self, model, base_batch_size, measures):

@@ -333,7 +333,7 @@ class AdaptiveTrainFunction:
         if self._graphs.compiles and total != self.controller.superbatch_size:
             # XLA makes a graph per shape: all superbatches get the same.
             data = slicing.padded(data, self.controller.superbatch_size)
-        if plan.accumulation_steps > 1 or self._graphs.replicated:
+        if plan.accumulation_steps > 1 or self._team.replicated:
             return self._accumulate(data, total, plan, rate)
         size, whole = plan.batch_size, total
         if self._graphs.compiles:

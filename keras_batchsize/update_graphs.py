@@ -42,8 +42,6 @@ class UpdateGraphs:
             `train_step` receives it.
     """
 
-    replicated = False
-
     def __init__(
         self, model, base_batch_size, splits, examples=slicing.examples
     ):
