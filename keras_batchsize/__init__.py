@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
     from keras_batchsize import report
     from keras_batchsize import scaling
     from keras_batchsize import throughput
+    from keras_batchsize._trainer_fit import fit
     from keras_batchsize.batch_profile import BatchProfile
     from keras_batchsize.callbacks import BackupAndRestore
     from keras_batchsize.callbacks import BatchSizeTensorBoard
@@ -34,7 +35,6 @@ if typing.TYPE_CHECKING:
     from keras_batchsize.plan import BatchPlan
     from keras_batchsize.report import Report
     from keras_batchsize.trainer import AdaptiveTrainer
-    from keras_batchsize.trainer import fit
 
 __all__ = [
     "AdaptiveTrainer",
@@ -71,7 +71,7 @@ _HOMES = {
     "Report": "report",
     "TimeToTarget": "callbacks",
     "find_max_batch_size": "memory",
-    "fit": "trainer",
+    "fit": "_trainer_fit",
 }
 
 
