@@ -178,9 +178,7 @@ def make_superbatches(
     bounds = _bounds(data, adapter)
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
-    epoch = math.inf if bounds is None else bounds[1]
-    if steps_per_epoch is not None:
-        epoch = steps_per_epoch * base
+    epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
     size = _superbatch_size(superbatch_size, base, epoch)
     sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
@@ -325,6 +323,12 @@ def _check_enough(bounds, x):
             f"examples differ. Received: x of type {type(x).__name__} with "
             f"{bounds[1]} examples. Pass more data."
         )
+
+
+def _examples_of_epoch(bounds, steps_per_epoch, base):
+    if steps_per_epoch is not None:
+        return steps_per_epoch * base
+    return math.inf if bounds is None else bounds[1]
 
 
 def _superbatch_size(given, base, epoch):
