@@ -54,3 +54,19 @@ def run_python():
         )
 
     return run
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The `UpdateGraphs` made during a test."""
+    from keras_batchsize import _train_function_team as team
+
+    made = []
+
+    class Remembered(team.UpdateGraphs):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(team, "UpdateGraphs", Remembered)
+    return made

@@ -19,7 +19,6 @@ from comparing import dense
 from comparing import plain
 from keras import layers
 
-from keras_batchsize import train_function
 from keras_batchsize.policies import BatchSizeSchedule
 
 # Law 1.
@@ -259,20 +258,6 @@ def test_schedule_goes_on_in_a_second_fit():
 
 
 # Law 8.
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The `UpdateGraphs` made during a test."""
-    made = []
-
-    class Remembered(train_function.UpdateGraphs):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(train_function, "UpdateGraphs", Remembered)
-    return made
 
 
 def test_traces_do_not_grow_with_size_changes(graphs):

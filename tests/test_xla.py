@@ -7,7 +7,6 @@ rounding. Each shape costs seconds of compiling: the models are tiny, and few.
 import comparing
 import keras
 import numpy as np
-import pytest
 from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import adaptive
@@ -15,7 +14,6 @@ from comparing import compiled
 from comparing import dense
 from comparing import plain
 
-from keras_batchsize import train_function
 from keras_batchsize.policies import BatchSizeSchedule
 
 optimizers = keras.optimizers
@@ -31,20 +29,6 @@ def momentum(**options):
         metrics=["mae"],
         **options,
     )
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The `UpdateGraphs` made during a test."""
-    made = []
-
-    class Remembered(train_function.UpdateGraphs):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(train_function, "UpdateGraphs", Remembered)
-    return made
 
 
 def test_fixed_size_equals_plain_fit(graphs):
