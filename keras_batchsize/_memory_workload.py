@@ -18,10 +18,12 @@ from keras_batchsize import slicing
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize.update_graphs import UpdateGraphs
 
-# Batches that `fit` holds at a time: the one in use and those read ahead. So
-# many updates a call makes, too, while they are short.
-BATCHES_HELD = 4
+# Batches that wait while one is in use: those that `fit` reads ahead. So many
+# updates a call makes, too, while they are short.
+BATCHES_HELD = 3
 _SHORT_SECONDS = 0.05
+# A batch size that hardly divides the number of elements of anything else.
+_PRIME = 61
 # Timed calls at one size, after the first.
 CALLS = 3
 _PATIENCE_SECONDS = 6.0
@@ -34,9 +36,16 @@ class Workload:
         model: A compiled Keras model.
         examples: An `Examples`.
         meter: A `Meter`.
+        accumulates: Whether training may sum the gradients of micro-batches.
+
+    Attributes:
+        largest_tensor: Bytes per example of the largest tensor of the forward
+            pass; 0 if that cannot be told.
     """
 
-    def __init__(self, model, examples, meter):
+    def __init__(self, model, examples, meter, accumulates):
+        self.largest_tensor = 0.0
+        self._accumulates = accumulates
         self._model = model
         self._examples = examples
         self._meter = meter
@@ -68,6 +77,7 @@ class Workload:
             splits = False
             self._graphs = UpdateGraphs(model, 1, False)
         self._graphs.build(self._examples.one)
+        self.largest_tensor = largest_tensor_bytes(model, self._examples)
         if not model.optimizer.built:
             # An eager step makes them when it runs.
             with keras.name_scope(
@@ -75,7 +85,9 @@ class Workload:
             ):
                 model.optimizer.build(model.trainable_variables)
         self._snapshot.add_variables()
-        self.accumulates = splits and self._can_be_split()
+        self._accumulates = (
+            self._accumulates and splits and self._can_be_split()
+        )
         self._validate = self._validation_step()
 
     def _can_be_split(self):
@@ -174,8 +186,8 @@ class Workload:
     def also(self, size, tail=0):
         """Runs what training does besides plain updates.
 
-        Accumulates gradients over two micro-batches, trains on the ragged
-        last batch of an epoch, and validates.
+        Trains on the ragged last batch of an epoch, accumulates gradients
+        over two micro-batches if training may do so, and validates.
 
         Args:
             size: Integer, examples per update.
@@ -190,7 +202,7 @@ class Workload:
         held = self._held()
         if tail:
             _wait_for(self._graphs.plain(data, 0, tail, size, self._rate())[0])
-        if self.accumulates:
+        if self._accumulates:
             held = self._held()
             logs, *_ = self._graphs.accumulate(
                 self._graphs.zeros(),
@@ -232,3 +244,30 @@ def build_layers(model, example):
         return
     spec = keras.tree.map_structure(slicing.batch_spec, x)
     tf.function(call, autograph=False).get_concrete_function(spec)
+
+
+def largest_tensor_bytes(model, examples):
+    """Returns the bytes per example of a model's largest tensor.
+
+    Once freed it may leave a hole that nothing else fits into: what an
+    allocator of one region loses to fragmentation is about that much.
+
+    Args:
+        model: A built Keras model.
+        examples: `Examples` to take shapes from.
+
+    Returns:
+        Float; 0.0 for a model that runs eagerly.
+    """
+    if model.run_eagerly:
+        return 0.0
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.batch(_PRIME))
+    call = functools.partial(model, training=True)
+    concrete = tf.function(call, autograph=False).get_concrete_function(x)
+    sizes = [
+        output.shape.num_elements() * output.dtype.size
+        for operation in concrete.graph.get_operations()
+        for output in operation.outputs
+        if (output.shape.num_elements() or 1) % _PRIME == 0
+    ]
+    return max(sizes, default=0) / _PRIME

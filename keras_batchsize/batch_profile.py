@@ -69,6 +69,8 @@ class BatchProfile:
         usable_bytes: Bytes that a peak may reach: the limit without the
             margins. None if not known.
         resident_bytes: Bytes in use between steps; None if not known.
+        hole_per_example: Bytes per example that stay free above the peak, for
+            the fragmentation of the allocator.
         dtype_policy: Name of the model's dtype policy, or several, joined.
         device: What was measured, say "GPU:0".
         measured_by: How memory was measured.
@@ -84,6 +86,7 @@ class BatchProfile:
     memory_limit: int | None = None
     usable_bytes: int | None = None
     resident_bytes: int | None = None
+    hole_per_example: float = 0.0
     dtype_policy: str = ""
     device: str = ""
     measured_by: str = ""
@@ -158,6 +161,7 @@ class BatchProfile:
         constant, slope = self.memory_line()
         if self.usable_bytes is None or not slope > 0.0:
             return math.nan
+        slope += self.hole_per_example
         return max(
             (self.usable_bytes - constant) // slope, self.max_batch_size
         )

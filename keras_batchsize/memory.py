@@ -112,12 +112,13 @@ def find_max_batch_size(
     memory_limit=None,
     safety_margin=0.05,
     time_budget=60.0,
+    accumulates=False,
 ):
     """Finds the largest batch size that fits memory, and how fast sizes are.
 
     The training step itself is run, under the dtype policy, the optimizer and
-    the XLA setting that the model has: updates, accumulation of gradients, the
-    ragged last batch, validation. Sizes are tried from below, in a few large
+    the XLA setting that the model has: updates, the ragged last batch of an
+    epoch, validation. Sizes are tried from below, in a few large
     steps; the size that is returned was run and stayed within the margin. The
     model, its optimizer, metrics, names and all random states are afterwards
     bit for bit as before, also after an error or Ctrl-C.
@@ -142,6 +143,8 @@ def find_max_batch_size(
         safety_margin: Share of the limit that stays free, in (0, 1). What an
             allocator loses to fragmentation is left free besides.
         time_budget: Seconds after which no further size is tried.
+        accumulates: Whether training will sum gradients of micro-batches, as
+            `AdaptiveTrainer` does; then the sums must fit, too.
 
     Returns:
         A `BatchProfile`.
@@ -154,7 +157,7 @@ def find_max_batch_size(
     limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
     check_probed(model)
     examples = read_examples(model, x, y, sample_weight)
-    return probe(model, examples, limits)
+    return probe(model, examples, limits, accumulates)
 
 
 def check_probed(model):
@@ -184,20 +187,21 @@ def check_probed(model):
             )
 
 
-def probe(model, examples, limits, meter=None):
+def probe(model, examples, limits, accumulates=True, meter=None):
     """Runs the search and returns what was found.
 
     Args:
         model: A compiled Keras model that `check_probed` lets pass.
         examples: An `Examples`.
         limits: A `Limits`.
+        accumulates: Whether gradients may be summed over micro-batches.
         meter: A `Meter`; None for the best there is.
 
     Returns:
         A `BatchProfile`.
     """
     meter = meter_for(model) if meter is None else meter
-    with Workload(model, examples, meter) as workload:
+    with Workload(model, examples, meter, accumulates) as workload:
         return _Probe(workload, examples, limits, meter, model).run()
 
 
@@ -225,6 +229,9 @@ class _Probe:
             data = examples.data_bytes if meter.holds_data else 0
             self._hard = (self._usable + self._limit - data) / 2.0
         self._bounds = self._make_bounds()
+        # What fragmentation may take, in bytes per example.
+        self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
+        self._hole /= self._bounds.multiple_of
 
     def _budget(self):
         """Returns the limit, what of it may be used, and what it is."""
@@ -314,7 +321,7 @@ class _Probe:
             high.batch_size - low.batch_size
         )
         predicted = high.peak_bytes + slope * (size - high.batch_size)
-        self._predicted[size] = int(predicted)
+        self._predicted[size] = int(predicted - self._hole * size)
 
     def _try(self, size):
         """Runs one size; an out-of-memory error is an answer, too."""
@@ -335,6 +342,8 @@ class _Probe:
             gc.collect()
         workload.restore_values()
         elapsed = time.perf_counter() - began
+        if peak is not None:
+            peak += self._hole * size
         return Trial(size, peak, seconds, failed, elapsed, constant)
 
     def _with_the_rest(self, size, peak):
@@ -353,6 +362,7 @@ class _Probe:
             memory_limit=None if self._limit is None else int(self._limit),
             usable_bytes=None if self._usable is None else int(self._usable),
             resident_bytes=int(self._resident),
+            hole_per_example=self._hole,
             dtype_policy=dtype_policies_of(self._model),
             device=self._meter.device,
             measured_by=self._meter.name,
@@ -368,9 +378,11 @@ class _Probe:
         if trial.failed:
             note = OUT_OF_MEMORY
         peak = trial.peak_bytes
+        if peak is not None:
+            peak = int(peak - self._hole * trial.batch_size)
         return ProfileRow(
             batch_size=trial.batch_size,
-            peak_bytes=None if peak is None else int(peak),
+            peak_bytes=peak,
             predicted_bytes=self._predicted.get(trial.batch_size),
             step_seconds=trial.step_seconds,
             fits=fits,

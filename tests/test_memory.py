@@ -29,7 +29,7 @@ def probe(meter, model=None, count=10_000, **limits):
     x, y = comparing.regression(16)
     data = (tf.constant(x), tf.constant(y))
     examples = FakeExamples(meter, data, count)
-    return memory.probe(model, examples, memory.Limits(**limits), meter)
+    return memory.probe(model, examples, memory.Limits(**limits), True, meter)
 
 
 # What it returns.
