@@ -34,8 +34,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         """Hands the state over, once every callback has begun."""
         super().on_epoch_begin(epoch, logs)
         function = train_function_of(self.model)
-        if self._state is not None and function is not None:
-            function.set_state(self._state)
+        if function is not None:
+            function.backup_dir = str(self.backup_dir)
+            if self._state is not None:
+                function.set_state(self._state)
         self._state = None
 
     def on_epoch_end(self, epoch, logs=None):

@@ -40,6 +40,7 @@ class OneDevice:
     """
 
     replicated = False
+    is_alone = True
 
     def __init__(self, examples):
         self._examples = examples
@@ -68,6 +69,9 @@ class Team:
 
     Args:
         strategy: A `tf.distribute.Strategy`.
+
+    Attributes:
+        is_alone: Whether there is no other worker.
     """
 
     replicated = True
@@ -75,6 +79,7 @@ class Team:
     def __init__(self, strategy):
         self._strategy = strategy
         self._workers = Workers(strategy)
+        self.is_alone = self._workers.number == 1
 
     def make_graphs(self, model, base_batch_size, measures):
         """Returns the `ReplicaGraphs` of a model."""
@@ -126,3 +131,30 @@ class Team:
             measuring_seconds=measuring,
             seconds=whole,
         )
+
+
+def checked_graphs(team, model, controller, data, cuts=False):
+    """Returns the graphs of a model, after the first check of its loss.
+
+    Args:
+        team: A `OneDevice` or a `Team`.
+        model: The Keras model.
+        controller: The `Controller` that decides.
+        data: A superbatch.
+        cuts: Whether batches are to be cut whatever the controller says.
+
+    Raises:
+        ValueError: If batches are to be cut and the model cannot be.
+    """
+    cuts = cuts or controller.plan.accumulation_steps > 1
+    measures = controller.measures or controller.accumulates or cuts
+    splits = measures or team.replicated
+    if splits:
+        exactness.check_step(model)
+    graphs = team.make_graphs(model, controller.clock.batch_size, measures)
+    sample = team.sample(data)
+    first = min(slicing.number_of_examples(sample), 1)
+    graphs.build(slicing.examples(sample, 0, first))
+    if splits:
+        exactness.check_loss(model, graphs.normaliser, sample)
+    return graphs

@@ -11,13 +11,16 @@ from keras_batchsize import noise
 from keras_batchsize import policies
 from keras_batchsize import scaling
 from keras_batchsize import throughput
+from keras_batchsize._controller_speed import Speed
 from keras_batchsize.clock import ExamplesClock
+from keras_batchsize.measuring import PARTS
 from keras_batchsize.measuring import MeasuringSchedule
-from keras_batchsize.measuring import Timings
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import plan_for
 from keras_batchsize.records import Decision
 from keras_batchsize.records import Measurement
+from keras_batchsize.records import finite_or_none
+from keras_batchsize.records import nan_if_none
 
 # Horizons of the noise scale, in superbatches (an epoch has about 16 to 32),
 # and the fewest measurements that each must hold.
@@ -65,13 +68,13 @@ class Controller:
         self.updates = 0
         self.base_steps = 0
         self.epoch = 0
-        self.timings = Timings()
-        self._step_time = None
+        self.speed = Speed(superbatch_size)
         self.measuring = MeasuringSchedule(measure_every)
         self._estimator = noise.NoiseScaleEstimator(
             [superbatch_size * horizon for horizon in _HORIZONS],
             _MEASUREMENTS,
         )
+        self.largest_micro_batch_size = math.inf
         self._known_noise_scale = math.nan
         self._changed_at = (0, 0)
         self._healthy = True
@@ -86,6 +89,7 @@ class Controller:
         if self.measures and self.batch_size > self.superbatch_size:
             # From two micro-batches noise can be measured, but not how well.
             largest = min(largest, max(self.batch_size // 4, 1))
+        largest = min(largest, self.largest_micro_batch_size)
         return plan_for(self.batch_size, largest, self.replicas)
 
     @property
@@ -127,14 +131,12 @@ class Controller:
     @property
     def step_time(self):
         """The fitted `StepTime`, or None before the first timed update."""
-        return self._step_time
+        return self.speed.step_time
 
-    def _fit_step_time(self):
-        sizes, seconds = self.timings.samples()
-        if not sizes:
-            return None
-        largest = self.superbatch_size
-        return throughput.fit_step_time(sizes, seconds, largest)
+    @property
+    def timings(self):
+        """The `Timings` of the run."""
+        return self.speed.timings
 
     @property
     def goodput(self):
@@ -170,12 +172,12 @@ class Controller:
         beat many small ones, up to some 2φ, where signal dominates.
         """
         upper = self.noise_scale.upper
-        if math.isinf(upper):
-            return self.superbatch_size
-        return min(
-            largest_on_ladder(_FEWEST_MEASURED, 2.0 * upper),
-            self.superbatch_size,
+        most = min(
+            self.superbatch_size, PARTS * self.largest_micro_batch_size
         )
+        if math.isinf(upper):
+            return most
+        return min(largest_on_ladder(_FEWEST_MEASURED, 2.0 * upper), most)
 
     @property
     def measures_for_free(self):
@@ -201,8 +203,7 @@ class Controller:
             self._known_noise_scale = estimate.value
         if measurement.timing.updates > 0:
             timing = measurement.timing
-            self.timings.add(size, timing.seconds / timing.updates)
-            self._step_time = self._fit_step_time()
+            self.speed.add(size, timing.seconds / timing.updates)
         self._book(measurement)
         # A loss of NaN is a diverged model; one without any loss is not.
         self._healthy = (
@@ -228,6 +229,22 @@ class Controller:
         self.updates += 1
         if norms.count >= 2:
             self._estimator.add([norms], 0)
+
+    def limit_micro_batch_size(self, size):
+        """Lets no replica hold more examples in one pass than `size`."""
+        size = min(size, self.largest_micro_batch_size)
+        self.largest_micro_batch_size = size
+        self.speed.largest = min(self.superbatch_size, size * self.replicas)
+        self.speed.fit()
+
+    def expect(self, profile):
+        """Takes over what a probe found out about memory and speed.
+
+        Args:
+            profile: A `BatchProfile`.
+        """
+        self.limit_micro_batch_size(profile.max_batch_size // profile.replicas)
+        self.speed.expect(profile.step_time)
 
     def start_epoch(self, epoch):
         """Is told that an epoch begins.
@@ -274,7 +291,9 @@ class Controller:
             old_batch_size=self.batch_size,
             new_batch_size=new,
             noise_scale=estimate.value if estimate.resolved else math.nan,
-            predicted_speedup=self._predicted_speedup(new, estimate),
+            predicted_speedup=self.speed.predicted_speedup(
+                self.batch_size, new, estimate
+            ),
             reason=self.policy.reason(seen),
         )
         self.batch_size = new
@@ -302,30 +321,9 @@ class Controller:
             epoch=self.epoch,
         )
 
-    def _predicted_speedup(self, new, estimate):
-        step_time = self.step_time
-        if step_time is None or step_time.guessed or not estimate.resolved:
-            return math.nan
-        return throughput.speedup(
-            self.batch_size, new, step_time, estimate.value
-        )
-
     def observed_speedup(self, decision):
-        """Returns the speed-up of a change with the times of both sizes.
-
-        Args:
-            decision: A `Decision` or anything with its first three fields.
-
-        Returns:
-            Float; NaN while one of the sizes has not been timed.
-        """
-        old, new = decision.old_batch_size, decision.new_batch_size
-        old_seconds = self.timings.median(old)
-        new_seconds = self.timings.median(new)
-        if not old_seconds or not new_seconds:
-            return math.nan
-        ratio = (new / new_seconds) / (old / old_seconds)
-        return ratio * throughput.efficiency(new, decision.noise_scale, old)
+        """Returns the speed-up of a change with the times of both sizes."""
+        return self.speed.observed_speedup(decision)
 
     # State.
 
@@ -335,17 +333,21 @@ class Controller:
             "base_batch_size": self.ladder.base,
             "superbatch_size": self.superbatch_size,
             "batch_size": self.batch_size,
+            "largest_micro_batch_size": finite_or_none(
+                self.largest_micro_batch_size
+            ),
             "examples": self.examples,
             "updates": self.updates,
             "base_steps": self.base_steps,
             "clock": self.clock.get_state(),
             "epoch": self.epoch,
             "changed_at": list(self._changed_at),
-            "known_noise_scale": _finite_or_none(self._known_noise_scale),
+            "known_noise_scale": finite_or_none(self._known_noise_scale),
             "healthy": self._healthy,
-            "loss": _finite_or_none(self.last.loss),
-            "learning_rate": _finite_or_none(self.last.learning_rate),
+            "loss": finite_or_none(self.last.loss),
+            "learning_rate": finite_or_none(self.last.learning_rate),
             "timings": self.timings.get_state(),
+            "expected": self.speed.get_state(),
             "measuring": self.measuring.get_state(),
             "noise": self._estimator.get_state(),
             "policy": self.policy.get_state(),
@@ -369,30 +371,22 @@ class Controller:
                 f"{state['base_batch_size']}."
             )
         self.batch_size = self.ladder.nearest(state["batch_size"])
+        known = state.get("largest_micro_batch_size")
+        self.limit_micro_batch_size(math.inf if known is None else known)
         for name in ("examples", "updates", "base_steps"):
             setattr(self, name, state[name])
         self.epoch = state["epoch"]
         self.clock.set_state(state["clock"])
         self._changed_at = tuple(state["changed_at"])
-        self._known_noise_scale = _nan_if_none(state["known_noise_scale"])
+        self._known_noise_scale = nan_if_none(state["known_noise_scale"])
         self._healthy = state["healthy"]
         self.last = Measurement(
             0,
             0,
             loss=state["loss"],
-            learning_rate=_nan_if_none(state["learning_rate"]),
+            learning_rate=nan_if_none(state["learning_rate"]),
         )
-        self.timings.set_state(state["timings"])
-        self._step_time = self._fit_step_time()
+        self.speed.set_state(state["timings"], state.get("expected"))
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])
-
-
-def _finite_or_none(value):
-    """JSON has neither NaN nor infinities."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _nan_if_none(value):
-    return math.nan if value is None else value

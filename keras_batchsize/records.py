@@ -72,3 +72,13 @@ class Listeners(list):
     def __call__(self, value):
         for listener in self:
             listener(value)
+
+
+def finite_or_none(value):
+    """Returns a number as JSON takes it: neither NaN nor an infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def nan_if_none(value):
+    """Returns a number as it was before `finite_or_none`, infinities apart."""
+    return math.nan if value is None else value

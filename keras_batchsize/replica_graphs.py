@@ -45,6 +45,7 @@ class ReplicaGraphs:
         measures: Whether norms of gradients are wanted.
     """
 
+    splits = True
     compiles = False
 
     def __init__(self, model, base_batch_size, measures):

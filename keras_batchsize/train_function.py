@@ -5,25 +5,29 @@ superbatch, has it cut into updates by `update_graphs`, and tells the
 controller what was measured. The graph sums, the host decides.
 """
 
+import functools
 import math
 import time
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_batchsize import exactness
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
+from keras_batchsize._train_function_memory import MemoryGuard
+from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
 from keras_batchsize._train_function_team import ITERATORS
+from keras_batchsize._train_function_team import checked_graphs
 from keras_batchsize._train_function_team import team_of
+from keras_batchsize._train_function_timing import Stopwatch
+from keras_batchsize._train_function_timing import number
+from keras_batchsize._train_function_timing import scalar_of
 from keras_batchsize._train_function_warning import warn_once
+from keras_batchsize.measuring import PARTS
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
-from keras_batchsize.records import Measurement
-from keras_batchsize.records import Timing
 
 
 class AdaptiveTrainFunction:
@@ -51,6 +55,7 @@ class AdaptiveTrainFunction:
         on_epoch_end: Function called with the epoch and its logs, once or
             more often, when the epoch has ended.
         identity: Name of the training, kept when it is resumed, or None.
+        backup_dir: Folder of the backups, if there are any.
     """
 
     def __init__(
@@ -77,11 +82,14 @@ class AdaptiveTrainFunction:
         self.tracing_seconds = 0.0
         self.rule = scaling.none
         self.rate_batch_size = None
+        self.backup_dir = None
         self._model = model
         self._controller_for = controller_for
         self._place = Place(model)
         self._graphs = None
         self._team = team_of(model, examples)
+        self._guard = MemoryGuard(model, self._team.is_alone)
+        self._in_one_pass = None
         self._pending = None
         self._state = None
         self._step = 0
@@ -183,49 +191,54 @@ class AdaptiveTrainFunction:
         self._prepare(data, total)
         self._graphs.uneven = total != stop
         self._decide()
-        began, traces = time.perf_counter(), self._graphs.traces
+        logs, measurement = self._guard.run(
+            lambda: self._attempt(data, total, stop, waited),
+            self.controller.plan,
+            functools.partial(self._halve, data, self._factor),
+            self.backup_dir,
+        )
+        self._report(self._team.agreed(measurement))
+        return logs
+
+    def _halve(self, data, factor):
+        """Halves what is in memory at a time, at the factor put back."""
+        self._factor, controller = factor, self.controller
+        half = halved(self._in_one_pass, controller.batch_size)
+        controller.limit_micro_batch_size(half)
+        if not self._graphs.splits:
+            self._graphs = checked_graphs(
+                self._team, self._model, controller, data, cuts=True
+            )
+        return controller.plan
+
+    def _attempt(self, data, total, stop, waited):
+        """Returns logs and `Measurement`; changes nothing that stays."""
+        watch = Stopwatch(self._graphs)
         norms = self._measure(data, total)
-        measured, half_traces = time.perf_counter(), self._graphs.traces
+        watch.mark()
         logs, used, free_norms, updates = self._update(data, stop)
-        loss = _scalar(logs, "loss")  # Waits for the device to finish.
-        ended, end_traces = time.perf_counter(), self._graphs.traces
-        timing = Timing()
-        if end_traces == half_traces:
-            # Waiting for data belongs to every example alike.
-            size = self.controller.batch_size
-            timing = Timing(ended - measured + waited, total / size)
-        measurement = Measurement(
-            examples=total,
+        loss = scalar_of(logs, "loss")  # Waits for the device to finish.
+        watch.mark()
+        return logs, watch.measurement(
+            total,
+            self.controller.batch_size,
+            waited,
+            measured=bool(norms),
             updates=updates,
             norms=(*norms, *free_norms),
-            timing=timing,
-            measuring_seconds=measured - began if norms else 0.0,
-            seconds=ended - began + waited,
-            traced=end_traces > traces,
             loss=loss,
             learning_rate=float(used),
             factor=self._factor,
         )
-        self._report(self._team.agreed(measurement))
-        return logs
 
     def _prepare(self, data, total):
         """Builds the graphs at the first superbatch and checks the loss."""
         if self._graphs is not None:
             return
         self._start_controller(total)
-        measures = self.controller.measures or self.controller.accumulates
-        splits = measures or self._team.replicated
-        if splits:
-            exactness.check_step(self._model)
-        graphs = self._team.make_graphs(
-            self._model, self.controller.clock.batch_size, measures
+        self._graphs = checked_graphs(
+            self._team, self._model, self.controller, data
         )
-        sample = self._team.sample(data)
-        graphs.build(slicing.examples(sample, 0, min(total, 1)))
-        if splits:
-            exactness.check_loss(self._model, graphs.normaliser, sample)
-        self._graphs = graphs
 
     def _start_controller(self, total):
         controller = self._controller_for(total)
@@ -241,7 +254,7 @@ class AdaptiveTrainFunction:
             controller.epoch = self.epoch
         elif controller.examples == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
-            controller.clock.steps = _number(self._model.optimizer.iterations)
+            controller.clock.steps = number(self._model.optimizer.iterations)
         controller.clock.start_epoch()
         self.controller = controller
 
@@ -306,7 +319,9 @@ class AdaptiveTrainFunction:
         controller = self.controller
         if not controller.wants_measurement(total, self._examples_ahead(total)):
             return ()
-        row = self._graphs.measure(data, controller.examples_to_measure)
+        examples = controller.examples_to_measure
+        self._in_one_pass = max(examples // PARTS, 1)
+        row = self._graphs.measure(data, examples)
         return (MicroBatchNorms(*np.asarray(row).tolist()),)
 
     def _examples_ahead(self, total):
@@ -330,6 +345,7 @@ class AdaptiveTrainFunction:
             `MicroBatchNorms` that came free, and the number of updates.
         """
         plan, rate = self.controller.plan, self._rate()
+        self._in_one_pass = plan.micro_batch_size
         if self._graphs.compiles and total != self.controller.superbatch_size:
             # XLA makes a graph per shape: all superbatches get the same.
             data = slicing.padded(data, self.controller.superbatch_size)
@@ -383,12 +399,3 @@ class AdaptiveTrainFunction:
     def factor(self):
         """The learning-rate factor in force, warm-up included."""
         return self._factor
-
-
-def _scalar(logs, name):
-    value = logs.get(name) if isinstance(logs, dict) else None
-    return None if value is None else float(_number(value))
-
-
-def _number(value):
-    return keras.ops.convert_to_numpy(value).item()

@@ -24,11 +24,7 @@ from keras_batchsize import learning_rate
 from keras_batchsize import slicing
 from keras_batchsize.gradients import GradientAccumulator
 from keras_batchsize.learning_rate import RateInForce
-
-# Parts that a superbatch is cut into to measure it. With n parts the spread of
-# the estimated squared norm is √(2n/(n - 1)) in units of φ/(examples·√r), r the
-# effective rank of the noise: 2.0 for two, 1.51 for eight, never below 1.41.
-PARTS = 8
+from keras_batchsize.measuring import PARTS
 
 
 class UpdateGraphs:
@@ -40,6 +36,9 @@ class UpdateGraphs:
         splits: Whether batches are cut, to accumulate or to measure.
         examples: Function (superbatch, start, size) that returns a batch as
             `train_step` receives it.
+
+    Attributes:
+        splits: Whether batches are cut.
     """
 
     def __init__(
@@ -48,6 +47,7 @@ class UpdateGraphs:
         self._model = model
         self._base = base_batch_size
         self._examples = examples
+        self.splits = splits
         self._accumulator = GradientAccumulator(model) if splits else None
         self._outputs = None
         self._has_own_logs = _has_own_logs(model)

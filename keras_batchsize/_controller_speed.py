@@ -1,0 +1,115 @@
+"""What the controller knows of the time of updates."""
+
+import dataclasses
+import math
+
+from keras_batchsize import throughput
+from keras_batchsize.measuring import Timings
+
+
+class Speed:
+    """Fits the step-time model to the run, and starts from a probe's.
+
+    A probe tells what sizes cost that were never trained with. Training pays
+    for more than a step (reading data, callbacks), so as soon as one size is
+    timed, the probe's model is scaled to go through it; from the second size
+    on its own timings are better.
+
+    Args:
+        largest: Largest batch size that is computed in one piece.
+
+    Attributes:
+        timings: The `Timings` of the run.
+        largest: Likewise.
+    """
+
+    def __init__(self, largest):
+        self.timings = Timings()
+        self.largest = largest
+        self._expected = None
+        self._step_time = None
+
+    @property
+    def step_time(self):
+        """The `StepTime`, None before anything is known."""
+        return self._step_time
+
+    def expect(self, step_time):
+        """Takes over what a probe found.
+
+        Args:
+            step_time: A `StepTime`.
+        """
+        self._expected = step_time
+        self.fit()
+
+    def add(self, batch_size, seconds):
+        """Takes in the time of an update at a size."""
+        self.timings.add(batch_size, seconds)
+        self.fit()
+
+    def fit(self):
+        """Fits anew, after the timings or `largest` have changed."""
+        sizes, seconds = self.timings.samples()
+        own = None
+        if sizes:
+            own = throughput.fit_step_time(sizes, seconds, self.largest)
+        if self._expected is not None and (own is None or own.guessed):
+            own = self._scaled(sizes, seconds)
+        self._step_time = own
+
+    def _scaled(self, sizes, seconds):
+        expected = dataclasses.replace(self._expected, largest=self.largest)
+        ratios = sorted(
+            one / expected(size) for size, one in zip(sizes, seconds)
+        )
+        # The lower quartile, as for the timings of a size.
+        ratio = ratios[(len(ratios) - 1) // 4] if ratios else 1.0
+        return dataclasses.replace(
+            expected,
+            fixed=expected.fixed * ratio,
+            per_example=expected.per_example * ratio,
+        )
+
+    def predicted_speedup(self, old, new, estimate):
+        """Returns by how much a change should speed up, NaN if not known.
+
+        Args:
+            old: Examples per update before.
+            new: Examples per update after.
+            estimate: A `NoiseScaleEstimate`.
+        """
+        known = self._step_time
+        if known is None or known.guessed or not estimate.resolved:
+            return math.nan
+        return throughput.speedup(old, new, known, estimate.value)
+
+    def observed_speedup(self, decision):
+        """Returns the speed-up of a change with the times of both sizes.
+
+        Args:
+            decision: A `Decision` or anything with its first three fields.
+
+        Returns:
+            Float; NaN while one of the sizes has not been timed.
+        """
+        old, new = decision.old_batch_size, decision.new_batch_size
+        old_seconds = self.timings.median(old)
+        new_seconds = self.timings.median(new)
+        if not old_seconds or not new_seconds:
+            return math.nan
+        ratio = (new / new_seconds) / (old / old_seconds)
+        return ratio * throughput.efficiency(new, decision.noise_scale, old)
+
+    def get_state(self):
+        """Returns what was expected as plain JSON types, or None."""
+        if self._expected is None:
+            return None
+        return [self._expected.fixed, self._expected.per_example]
+
+    def set_state(self, timings, expected):
+        """Takes over the states of the timings, and of `get_state`."""
+        self.timings.set_state(timings)
+        if expected is not None:
+            self._expected = throughput.StepTime(*expected)
+        self.fit()

@@ -1,0 +1,130 @@
+"""Going on after memory ran out: the same superbatch again, in smaller parts.
+
+A step that failed half-way has changed some variables already. Their values
+are held while it runs, so that it can be repeated as if nothing had been:
+nothing is lost, nothing trained on twice. Under XLA this is also what keeps the
+process whole, see `exhaustion`.
+"""
+
+import gc
+import math
+import warnings
+
+from keras_batchsize import exhaustion
+
+# Holding costs one more copy of the variables while a superbatch is trained on.
+# Up to so many bytes always; beyond, only until a size has run.
+_HELD_ALWAYS = 2**28
+# Calls after which a size counts as one that fits.
+_PROVEN_AFTER = 2
+
+
+class MemoryGuard:
+    """Runs superbatches, and repeats one that ran out of memory.
+
+    Args:
+        model: The Keras model.
+        is_alone: Whether no other worker takes part, which would wait for
+            this one in the middle of an update.
+    """
+
+    def __init__(self, model, is_alone=True):
+        self._model = model
+        self._is_alone = is_alone
+        self._succeeded = {}
+
+    def run(self, train, key, shrink, backup_dir=None):
+        """Calls `train` until there is memory enough.
+
+        Args:
+            train: Function without arguments.
+            key: What is run: calls with the same key need the same memory.
+            shrink: Function without arguments that lets `train` need less
+                and returns the new key; it raises if there is no way.
+            backup_dir: Where the last backup is, or None.
+
+        Returns:
+            What `train` returned.
+
+        Raises:
+            RuntimeError: If the variables are not what they were, and were too
+                large to be held, or if other workers wait.
+        """
+        while True:
+            held = self._hold(key)
+            try:
+                result = train()
+            except Exception as error:
+                if not exhaustion.is_out_of_memory(error):
+                    raise
+                if held is None or not self._is_alone:
+                    self._give_up(error, backup_dir)
+            else:
+                self._succeeded[key] = self._succeeded.get(key, 0) + 1
+                return result
+            # Only now has the error let go of the tensors of its step.
+            gc.collect()
+            held.put_back()
+            key = shrink()
+
+    def _hold(self, key):
+        variables = exhaustion.variables_of(self._model)
+        proven = self._succeeded.get(key, 0) >= _PROVEN_AFTER
+        if proven and exhaustion.bytes_of(variables) > _HELD_ALWAYS:
+            return None
+        return exhaustion.HeldValues(variables)
+
+    def _give_up(self, error, backup_dir):
+        backup = "There is no backup: pass backup_dir=... next time."
+        if backup_dir is not None:
+            backup = (
+                f"Start again with backup_dir={backup_dir!r}: training goes "
+                "on from the last backup."
+            )
+        raise RuntimeError(
+            f"Memory ran out, and training cannot go on: {self._why()}. "
+            f"Received: {str(error)[:200]!r}. {backup} A smaller "
+            "`max_batch_size` leaves more room."
+        ) from error
+
+    def _why(self):
+        if not self._is_alone:
+            return "the other workers wait in the middle of an update"
+        if self._model.jit_compile:
+            return (
+                "XLA has freed variables, which are too large to be held all "
+                "the time; any use of them may end the process"
+            )
+        return (
+            "an update is half-made, and the variables are too large to be "
+            "held all the time"
+        )
+
+
+def halved(examples, batch_size):
+    """Returns how many examples to try in one pass, and says so.
+
+    Args:
+        examples: Examples in the pass that ran out of memory.
+        batch_size: Examples per update, which stays.
+
+    Returns:
+        Integer.
+
+    Raises:
+        ValueError: If it was one example.
+    """
+    if examples <= 1:
+        raise ValueError(
+            "One example must fit into memory: there is nothing left to "
+            f"halve. Received: batch_size={batch_size}, run one by one. Use "
+            "a smaller model or a mixed dtype policy."
+        )
+    half = math.ceil(examples / 2)
+    warnings.warn(
+        f"Memory ran out with {examples} examples in one pass. Going on with "
+        f"{half}; the batch size stays {batch_size}, nothing is lost.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return half

@@ -1,0 +1,65 @@
+"""The times of a superbatch, tracing told apart from training."""
+
+import time
+
+import keras
+
+from keras_batchsize.records import Measurement
+from keras_batchsize.records import Timing
+
+
+class Stopwatch:
+    """Times measuring and training of one superbatch.
+
+    Args:
+        graphs: The graphs, whose `traces` count.
+    """
+
+    def __init__(self, graphs):
+        self._graphs = graphs
+        self._marks = []
+        self.mark()
+
+    def mark(self):
+        """Ends a part: first measuring, then training."""
+        self._marks.append((time.perf_counter(), self._graphs.traces))
+
+    def measurement(self, examples, batch_size, waited, **rest):
+        """Returns the `Measurement`, after both parts have ended.
+
+        Args:
+            examples: Examples in the superbatch.
+            batch_size: Examples per update.
+            waited: Seconds that reading the data took.
+            **rest: The other fields; `measured` says whether the first part
+                was more than nothing.
+        """
+        (began, traces), (half, half_traces), (ended, end) = self._marks
+        timing = Timing()
+        if end == half_traces:
+            # Waiting for data belongs to every example alike.
+            timing = Timing(ended - half + waited, examples / batch_size)
+        return Measurement(
+            examples=examples,
+            timing=timing,
+            measuring_seconds=half - began if rest.pop("measured") else 0.0,
+            seconds=ended - began + waited,
+            traced=end > traces,
+            **rest,
+        )
+
+
+def scalar_of(logs, name):
+    """Returns an entry of logs as a float, None if there is none.
+
+    Args:
+        logs: What `train_step` returned.
+        name: String.
+    """
+    value = logs.get(name) if isinstance(logs, dict) else None
+    return None if value is None else float(number(value))
+
+
+def number(value):
+    """Returns a scalar as a Python number, after the device has made it."""
+    return keras.ops.convert_to_numpy(value).item()

@@ -1,0 +1,255 @@
+"""Memory that runs out in training: nothing is lost, nothing done twice.
+
+The step fails as a device would let it: in the middle, when some variables have
+changed already.
+"""
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import BASE
+from comparing import compiled
+
+import keras_batchsize as kb
+from keras_batchsize import _train_function_memory
+from keras_batchsize import exhaustion
+from keras_batchsize.policies import BatchSizeSchedule
+
+HALVED = "ignore:Memory ran out:RuntimeWarning"
+
+# k micro-batches are one batch up to rounding, as in test_micro_batches.py.
+RTOL = 2e-5
+
+
+class TooLarge(keras.layers.Layer):
+    """Fails on more than `most` examples, after it has changed its state."""
+
+    def __init__(self, most, calls=None, **options):
+        super().__init__(**options)
+        self.most = most
+        # Keras would track a copy of the list.
+        self.note = None if calls is None else calls.append
+
+    def build(self, input_shape):
+        self.seen = self.add_weight(
+            shape=(), initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=False):
+        if training:
+            size = tf.shape(x)[0]
+            self.seen.assign_add(tf.cast(size, tf.float32))
+            x = tf.numpy_function(self._check, [x, size], x.dtype)
+            x.set_shape((None, comparing.FEATURES))
+        return x
+
+    def _check(self, x, size):
+        if self.note is not None:
+            self.note(int(size))
+        if size > self.most:
+            raise MemoryError("made up")
+        return x
+
+
+def of_limited(most, calls=None):
+    """Returns a factory of models that fail above so many examples."""
+
+    def make():
+        inputs = keras.Input((comparing.FEATURES,))
+        hidden = TooLarge(most, calls)(inputs)
+        hidden = keras.layers.Dense(6, activation="tanh")(hidden)
+        return keras.Model(inputs, keras.layers.Dense(1)(hidden))
+
+    return compiled(
+        make,
+        optimizer=lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+        metrics=["mae"],
+    )
+
+
+@pytest.mark.filterwarnings(HALVED)
+@pytest.mark.parametrize("most", [3, 1, 5])
+def test_batch_is_carried_out_in_smaller_parts(most):
+    data = comparing.regression()
+    ours = comparing.adaptive(of_limited(most), *data, policy="fixed")
+    theirs = comparing.plain(of_limited(10**6), *data)
+    # Each example once, that is: `seen` counts them.
+    comparing.assert_close(ours, theirs, RTOL)
+    assert ours.result.batch_size == BASE
+    assert ours.result.plan.micro_batch_size <= most
+    assert ours.result.plan.batch_size == BASE
+
+
+def test_one_line_says_so():
+    data = comparing.regression()
+    with pytest.warns(RuntimeWarning) as caught:
+        comparing.adaptive(of_limited(4), *data, policy="fixed")
+    texts = [
+        str(one.message) for one in caught if one.category is RuntimeWarning
+    ]
+    assert texts == [
+        "Memory ran out with 8 examples in one pass. Going on with 4; the "
+        "batch size stays 8, nothing is lost."
+    ]
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_measuring_in_smaller_parts_changes_nothing():
+    # Parts of a superbatch of 128 are 16 examples, batches are 8.
+    data = comparing.regression(256)
+    arguments = {"superbatch_size": 128, "max_batch_size": 8}
+    ours = comparing.adaptive(
+        of_limited(8),
+        *data,
+        policy="measure",
+        measure_every=1,
+        **arguments,
+    )
+    theirs = comparing.plain(of_limited(10**6), *data)
+    comparing.assert_same(ours, theirs)
+    assert ours.result.noise_scale.squared_norm > 0
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_a_size_that_grows_too_large():
+    data = comparing.regression(64)
+    calls = []
+    sizes = BatchSizeSchedule({0: 8, 1: 32})
+    ours = comparing.adaptive(
+        of_limited(10, calls), *data, policy=sizes, epochs=3
+    )
+    assert ours.result.batch_size == 32
+    assert max(ours.history["batch_size"]) == 32
+    # Failures at 32 and 16; else no more than 8 at a time.
+    assert [size for size in calls if size > 10] == [32, 16]
+    other = comparing.adaptive(
+        of_limited(10**6), *data, policy=sizes, epochs=3
+    )
+    # Micro-batches are measured for free, whole batches are not.
+    skip = ("noise_scale", "examples_per_second")
+    comparing.assert_close(ours, other, RTOL, skip=skip)
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_the_limit_is_remembered_in_the_state():
+    data, calls = comparing.regression(), []
+    ours = comparing.adaptive(of_limited(4), *data, policy="fixed")
+    state = ours.result.get_state()
+    assert state["largest_micro_batch_size"] == 4
+    trainer = kb.AdaptiveTrainer(
+        of_limited(4, calls)(), policy="fixed", superbatch_size=32, verbose=0
+    )
+    trainer.set_state(state)
+    trainer.fit(*data, batch_size=8, epochs=1, verbose=0)
+    assert max(calls) == 4
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_one_example_too_many():
+    with pytest.raises(ValueError, match="One example must fit"):
+        comparing.adaptive(
+            of_limited(0), *comparing.regression(), policy="fixed"
+        )
+
+
+def test_model_that_cannot_be_cut_says_so():
+    class Own(keras.Model):
+        def train_step(self, data):
+            size = tf.shape(data[0])[0]
+            tf.numpy_function(fails, [size], tf.int32)
+            return super().train_step(data)
+
+    def fails(size):
+        raise MemoryError("made up")
+
+    def make():
+        inputs = keras.Input((comparing.FEATURES,))
+        return Own(inputs, keras.layers.Dense(1)(inputs))
+
+    with pytest.warns(RuntimeWarning, match="Memory ran out"):
+        with pytest.raises(ValueError, match="overrides `train_step`"):
+            comparing.adaptive(
+                compiled(make), *comparing.regression(), policy="fixed"
+            )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_unheld_variables_end_training_with_the_backup_named(
+    jit_compile, monkeypatch
+):
+    monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 0)
+    model = of_limited(10**6)()
+    model.jit_compile = jit_compile
+    guard = _train_function_memory.MemoryGuard(model)
+
+    def fails():
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+
+    for _ in range(2):
+        assert guard.run(lambda: 1, "key", None) == 1
+    reason = "XLA has freed" if jit_compile else "half-made"
+    with pytest.raises(RuntimeError, match=f"{reason}(?s:.*)'kept/here'"):
+        guard.run(fails, "key", None, "kept/here")
+    with pytest.raises(RuntimeError, match="There is no backup"):
+        guard.run(fails, "key", None)
+    # A size that has not run yet is held, whatever it costs.
+    sizes = iter(["smaller"])
+    results = iter([fails, lambda: 2])
+    assert guard.run(lambda: next(results)(), "new", lambda: next(sizes)) == 2
+
+
+def test_other_workers_are_not_left_waiting():
+    guard = _train_function_memory.MemoryGuard(of_limited(1)(), False)
+
+    def fails():
+        raise MemoryError
+
+    with pytest.raises(RuntimeError, match="other workers wait"):
+        guard.run(fails, "key", None)
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_backup_is_named(tmp_path, monkeypatch):
+    named = []
+
+    def run(self, train, key, shrink, backup_dir=None):
+        named.append(backup_dir)
+        return train()
+
+    monkeypatch.setattr(_train_function_memory.MemoryGuard, "run", run)
+    model = of_limited(10**6)()
+    trainer = kb.AdaptiveTrainer(
+        model, policy="fixed", backup_dir=str(tmp_path), verbose=0
+    )
+    trainer.fit(*comparing.regression(), batch_size=8, verbose=0)
+    assert set(named) == {str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (tf.errors.ResourceExhaustedError(None, None, "x"), True),
+        (MemoryError(), True),
+        (tf.errors.InternalError(None, None, "CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (tf.errors.UnknownError(None, None, "Failed to allocate 4 B"), True),
+        (tf.errors.InternalError(None, None, "Blas GEMM failed"), False),
+        (ValueError("out of memory"), False),
+        (tf.errors.InvalidArgumentError(None, None, "out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert exhaustion.is_out_of_memory(error) == expected
+
+
+def test_held_values_are_those_from_before():
+    model = of_limited(10**6)()
+    model.fit(*comparing.regression(), verbose=0)
+    before = comparing.variables_of(model)
+    held = exhaustion.HeldValues(exhaustion.variables_of(model))
+    model.fit(*comparing.regression(), batch_size=10, verbose=0)
+    held.put_back()
+    after = comparing.variables_of(model)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, name)
