@@ -184,8 +184,6 @@ class AdaptiveTrainFunction:
             self._step += 1
         return logs
 
-    # One superbatch.
-
     def _train_on(self, data, waited):
         total, stop = self._team.extent(data)
         self._prepare(data, total)
