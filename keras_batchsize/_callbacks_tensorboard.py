@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize._callbacks_base import change_of
+from keras_batchsize._callbacks_base import profile_of
 from keras_batchsize._callbacks_base import row_of
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._callbacks_base import train_function_of
@@ -164,6 +165,7 @@ class _Recorder:
         self._changes = {}
         self._shown = None
         self._seconds_before = 0.0
+        self._profile = None
         self._drawing_seconds = 0.0
         # A guess until one has been drawn.
         self._drawing_cost = 0.5
@@ -179,6 +181,9 @@ class _Recorder:
         if self._writer is None:
             self._begin(row.examples - measurement.examples)
         self._writer.scalars(row.examples, self._values(row))
+        profile = profile_of(self._function)
+        if profile is not self._profile:
+            self._write_profile(row.examples, profile)
 
     def add_change(self, decision):
         """Writes a change of the size."""
@@ -271,7 +276,21 @@ class _Recorder:
                 "gradient/variance": estimate.trace,
                 "throughput/goodput": row.goodput,
             }
+        if self._profile is not None:
+            values |= _memory(self._profile, row, controller.replicas)
         return values
+
+    def _write_profile(self, step, profile):
+        """Writes what the memory probe found, once it is known."""
+        self._profile = profile
+        values = [events.text(tags.TEXT_PROBE, tables.profile(profile))]
+        try:
+            picture = pictures.png(profile.plot())
+        except ImportError:
+            pass
+        else:
+            values.append(events.image(tags.IMAGE_PROBE, *picture))
+        self._writer.write(step, values)
 
     def _change_for_page(self, step):
         change = {
@@ -339,6 +358,20 @@ class _Recorder:
         self._writer.write(controller.examples, [value])
         self._drawing_cost = time.perf_counter() - started
         self._drawing_seconds += self._drawing_cost
+
+
+def _memory(profile, row, replicas):
+    """Returns the memory that a plan takes, as far as it was measured."""
+    held = row.micro_batch_size * replicas
+    peaks = {one.batch_size: one.peak_bytes for one in profile.rows}
+    known = {
+        "memory/peak_bytes": peaks.get(held),
+        "memory/limit_bytes": profile.memory_limit,
+    }
+    return {
+        tag: math.nan if value is None else value
+        for tag, value in known.items()
+    }
 
 
 def _finite_or_none(value):

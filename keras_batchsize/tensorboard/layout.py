@@ -27,10 +27,8 @@ CHARTS = {
             "lower": "noise_scale/lower",
             "upper": "noise_scale/upper",
         },
-        "Signal and noise of the gradient": (
-            "gradient/squared_norm",
-            "gradient/variance",
-        ),
+        "Signal: squared norm of the gradient": ("gradient/squared_norm",),
+        "Noise: variance of one example's gradient": ("gradient/variance",),
     },
     "Learning rate": {
         "With and without the factor": (

@@ -5,7 +5,7 @@ import math
 
 from keras_batchsize import throughput
 
-_DPI = 110
+_DPI = 130
 
 
 def png(figure):
@@ -44,7 +44,7 @@ def goodput(sizes, present, step_time, noise_scale, base_batch_size):
     ]
     speed = [size / step_time(size) for size in fine]
     now = throughput.goodput(present, step_time, noise_scale, base_batch_size)
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.2, 3.7), layout="constrained")
     axes = figure.subplots()
     axes.plot(fine, speed, color="0.55", linestyle="--", label="examples/s")
     axes.plot(fine, useful, color="#0072B2", linewidth=2.2, label="goodput")

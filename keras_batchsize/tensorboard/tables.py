@@ -24,15 +24,14 @@ def change(one):
     Args:
         one: Dict of the attributes of a `report.Change`.
     """
-    parts = [
+    sentence = (
         f"**{one['old_batch_size']} → {one['new_batch_size']}** after "
-        f"{one['examples']:,} examples (epoch {one['epoch'] + 1}): "
-        f"{one['reason']}. Noise scale {_number(one['noise_scale'])}, "
-        f"learning rate {_number(one['learning_rate'])}"
-    ]
+        f"{one['examples']:,} examples, in epoch {one['epoch'] + 1}: "
+        f"{one['reason']}. Learning rate {_number(one['learning_rate'])}"
+    )
     if math.isfinite(one["predicted_speedup"]):
-        parts.append(f"predicted speed-up {one['predicted_speedup']:.2f}")
-    return ", ".join(parts) + "."
+        sentence += f", predicted speed-up {one['predicted_speedup']:.2f}"
+    return f"{sentence}."
 
 
 def changes(many):

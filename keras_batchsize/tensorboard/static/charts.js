@@ -88,7 +88,7 @@ function pointsOf(run, axis, line) {
   if (!values) return { at: [], values: [] };
   return {
     at: run.positions[axis],
-    values: line.smooth ? runningMedian(values) : values,
+    values: line.smooth ? smooth(values) : values,
   };
 }
 
@@ -103,8 +103,27 @@ export function hasData(chart, runs) {
   );
 }
 
-function quantile(sorted, share) {
-  return sorted[Math.round(share * (sorted.length - 1))];
+/** Smallest and largest value, without a share of them at either end. */
+function extremes(values, share) {
+  const known = values.filter((one) => one !== null);
+  if (!share) {
+    return known.reduce(
+      ([low, high], one) => [Math.min(low, one), Math.max(high, one)],
+      [Infinity, -Infinity],
+    );
+  }
+  if (!known.length) return [Infinity, -Infinity];
+  const sorted = Float64Array.from(known).sort();
+  const cut = Math.round(share * (sorted.length - 1));
+  return [sorted[cut], sorted[sorted.length - 1 - cut]];
+}
+
+const smoothed = new WeakMap();
+
+/** The running median, computed once for each run that was fetched. */
+function smooth(values) {
+  if (!smoothed.has(values)) smoothed.set(values, runningMedian(values));
+  return smoothed.get(values);
 }
 
 function colour(name) {
@@ -169,10 +188,12 @@ export class Chart {
       0,
       Math.max(...runs.map((run) => endOf(run.data, axis)), 1e-9),
     ];
-    const grid = gridBetween(low, high, Math.min(width * 2, 1600));
+    const fine = runs.length <= FEW_RUNS ? 2 : 1;
+    const grid = gridBetween(low, high, Math.min(width * fine, 1600));
     const data = [grid];
     this.columns = [];
     for (const run of runs) this._addRun(run, grid, data);
+    this.range = this._range(data);
     // A new plot only where its lines differ; new numbers are cheap.
     const key = JSON.stringify([
       runs.map((run) => [run.name, run.colour]),
@@ -256,7 +277,7 @@ export class Chart {
         y: {
           distr: this.spec.log ? 3 : 1,
           log: 2,
-          range: (plot, low, high) => this._range(plot, low, high),
+          range: () => this.range,
         },
       },
       series,
@@ -273,6 +294,7 @@ export class Chart {
         {
           ...axis,
           size: 52,
+          filter: (plot, splits) => splits,
           splits: this.spec.log ? powersOfTwo : undefined,
           values: (plot, values) =>
             values.map((one) => (this.spec.log ? whole(one) : short(one))),
@@ -292,16 +314,14 @@ export class Chart {
   }
 
   /** Range of the vertical axis; outliers of `loose` lines may leave it. */
-  _range(plot) {
+  _range(data) {
     let low = Infinity;
     let high = -Infinity;
     for (const { line, kind, index } of this.columns) {
       if (kind !== "line") continue;
-      const values = plot.data[index].filter((one) => one !== null);
-      if (!values.length) continue;
-      values.sort((one, two) => one - two);
-      low = Math.min(low, quantile(values, line.loose ? 0.02 : 0));
-      high = Math.max(high, quantile(values, line.loose ? 0.98 : 1));
+      const [least, most] = extremes(data[index], line.loose ? 0.02 : 0);
+      low = Math.min(low, least);
+      high = Math.max(high, most);
     }
     if (low > high) return this.spec.log ? [1, 2] : [0, 1];
     if (this.spec.log) return [low / 1.35, high * 1.35];
