@@ -4,10 +4,11 @@ Every moment that training spends in our callback is timed: the listeners that
 the train function calls and the hooks that Keras calls. So the share is
 measured within one training, not as a difference of two noisy ones.
 
-- `ms per superbatch`: median of the listener's times, the cost of one event
-  with all its values;
-- `share`: all of it while training, flushing and pictures included, divided by
-  the training's seconds (as the report counts them, without validation);
+- `ms at once`: median time after a superbatch, in which its values are noted;
+- `ms in all`: all of it while training, divided by the number of superbatches:
+  events, files, changes, flushing and pictures included;
+- `share`: the same, divided by the training's seconds (as the report counts
+  them, without validation);
 - `at the end`: milliseconds after the last update, with the last picture;
 - `with / without`: seconds of training with it by those without, the median
   of pairs made one after the other: what is left is the machine's noise.
@@ -98,7 +99,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=3)
     options = parser.parse_args()
     data, _ = workloads.load("mnist", options.path)
-    ratios, shares, medians, ends = [], [], [], []
+    ratios, shares, medians, means, ends = [], [], [], [], []
     for _ in range(options.pairs):
         keras.utils.clear_session()
         without = train(options, data).seconds
@@ -108,14 +109,16 @@ def main():
         inside = sum(board.rows.seconds) + sum(board.hooks.seconds)
         ratios.append((report.seconds + inside) / without)
         shares.append(inside / report.seconds)
+        means.append(1e3 * inside / len(board.rows.seconds))
         medians.append(1e3 * statistics.median(board.rows.seconds))
         ends.append(1e3 * sum(board.end.seconds))
     print(
         f"{options.model}, MNIST, {options.epochs} epochs from "
         f"{options.batch_size}, median of {options.pairs} pairs\n\n"
-        "| superbatches | ms per superbatch | share | at the end, ms "
-        "| with / without |\n|---|---|---|---|---|\n"
+        "| superbatches | ms at once | ms in all | share | at the end, ms "
+        "| with / without |\n|---|---|---|---|---|---|\n"
         f"| {len(board.rows.seconds)} | {statistics.median(medians):.3f} "
+        f"| {statistics.median(means):.3f} "
         f"| {statistics.median(shares):.2%} | {statistics.median(ends):.0f} "
         f"| {statistics.median(ratios):.2f} |"
     )

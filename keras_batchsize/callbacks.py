@@ -16,8 +16,6 @@ from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize._callbacks_backup import BackupAndRestore
-from keras_batchsize._callbacks_base import change_of
-from keras_batchsize._callbacks_base import row_of
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._callbacks_learning_rate import LearningRateScaling
 from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
@@ -156,10 +154,10 @@ class DynamicBatchSize(keras.callbacks.Callback):
             epochs=self.params.get("epochs", 1),
             examples=self.examples,
         )
-        function.on_superbatch.append(self._record)
         function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end
         self.report = Report()
+        function.on_superbatch.append(self.report.add_row)
         self._train_function = function
         function.install()
 
@@ -209,9 +207,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
         """Leaves graphs out: a copy can train, but not go on with them."""
         return {**vars(self), "_train_function": None}
 
-    def _announce(self, decision):
+    def _announce(self, change):
         """Prints and records a change of the size."""
-        change = change_of(self._train_function, decision)
         self.report.add_change(change)
         if self.verbose:
             keras_private.print_message(
@@ -219,10 +216,6 @@ class DynamicBatchSize(keras.callbacks.Callback):
                 f"batch size to {change.new_batch_size} ({change.reason}), "
                 f"learning rate to {change.learning_rate:.4g}."
             )
-
-    def _record(self, measurement):
-        """Adds a row to the report."""
-        self.report.add_row(row_of(self._train_function, measurement))
 
     def _complete_report(self, function):
         controller, report = function.controller, self.report

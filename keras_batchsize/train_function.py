@@ -18,6 +18,8 @@ from keras_batchsize import slicing
 from keras_batchsize._train_function_memory import MemoryGuard
 from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
+from keras_batchsize._train_function_rows import change_of
+from keras_batchsize._train_function_rows import row_of
 from keras_batchsize._train_function_team import ITERATORS
 from keras_batchsize._train_function_team import checked_graphs
 from keras_batchsize._train_function_team import team_of
@@ -48,10 +50,8 @@ class AdaptiveTrainFunction:
         corrects_momentum: Whether momentum is rescaled with the factor.
         rule: The learning-rate rule.
         rate_batch_size: Batch size the base rate was meant for, None for B₀.
-        on_superbatch: `Listeners` called after each superbatch with its
-            `Measurement`.
-        on_decision: `Listeners` called with the `Decision` when the size
-            changes.
+        on_superbatch: `Listeners` called with the `Row` of each superbatch.
+        on_decision: `Listeners` called with each `Change` of the size.
         on_epoch_end: Function called with the epoch and its logs, once or
             more often, when the epoch has ended.
         identity: Name of the training, kept when it is resumed, or None.
@@ -281,7 +281,7 @@ class AdaptiveTrainFunction:
             return
         decision = self.controller.decide()
         if decision is not None:
-            self.on_decision(decision)
+            self.on_decision(change_of(self, decision))
 
     def _rate(self):
         """Returns the `RateInForce`, momentum corrected if it has changed."""
@@ -391,7 +391,7 @@ class AdaptiveTrainFunction:
             measurement, self.controller, self._has_warned
         )
         self.controller.observe(measurement)
-        self.on_superbatch(measurement)
+        self.on_superbatch(row_of(self, measurement))
 
     @property
     def factor(self):

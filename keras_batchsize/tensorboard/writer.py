@@ -18,9 +18,6 @@ from keras_batchsize.tensorboard import tags
 # the order of their names.
 _FILES = itertools.count()
 
-# Readers see a training live; a flush costs less than a scalar.
-_SECONDS_BETWEEN_FLUSHES = 10.0
-
 
 class RunWriter:
     """Writes events to a run of its own.
@@ -50,14 +47,14 @@ class RunWriter:
         self._records = None
         self._failed = False
         self._described = set()
-        self._flushed = time.monotonic()
 
-    def scalars(self, step, values):
+    def scalars(self, step, values, wall_time):
         """Writes scalars as one event.
 
         Args:
             step: Integer, examples seen.
             values: Dict from tags to floats.
+            wall_time: Float, seconds since 1970 when they held.
         """
         seen = self._described
         self.write(
@@ -66,23 +63,25 @@ class RunWriter:
                 events.scalar(tag, value, tag not in seen)
                 for tag, value in values.items()
             ],
+            wall_time,
         )
         seen.update(values)
 
-    def write(self, step, values):
+    def write(self, step, values, wall_time=None):
         """Writes one event.
 
         Args:
             step: Integer, examples seen.
             values: List of `Summary.Value`.
+            wall_time: Float, seconds since 1970; None for now.
         """
         if not self._failed:
-            self._attempt(self._write, step, values)
+            self._attempt(self._write, step, values, wall_time or time.time())
 
     def flush(self):
         """Makes what was written visible to readers."""
         if self._records is not None:
-            self._attempt(self._flush)
+            self._attempt(self._records.flush)
 
     def close(self):
         """Ends the file; a later event would begin another."""
@@ -104,16 +103,10 @@ class RunWriter:
                 stacklevel=4,
             )
 
-    def _write(self, step, values):
+    def _write(self, step, values, wall_time):
         if self._records is None:
             self._open()
-        self._put(events.event(step, time.time(), values))
-        if time.monotonic() > self._flushed + _SECONDS_BETWEEN_FLUSHES:
-            self._flush()
-
-    def _flush(self):
-        self._records.flush()
-        self._flushed = time.monotonic()
+        self._put(events.event(step, wall_time, values))
 
     def _put(self, event):
         self._records.write(event.SerializeToString())
