@@ -38,6 +38,12 @@ def count(model):
     return model.distribute_strategy.num_replicas_in_sync
 
 
+def workers(model):
+    """Returns the number of processes that train a model together."""
+    strategy = model.distribute_strategy
+    return count(model) // len(strategy.extended.worker_devices)
+
+
 def local_values(strategy, value):
     """Returns the values on the replicas of this worker.
 

@@ -3,9 +3,13 @@
 Logical devices must be made before TensorFlow does anything else, so each R
 has a process of its own, which tries all its laws and prints one line of JSON
 per law. Run it by hand as `python tests/replica_laws.py 3 [law ...]`.
+
+With TF_CONFIG set the replicas are workers, and each is such a process.
 """
 
+import hashlib
 import json
+import os
 import sys
 import time
 import traceback
@@ -33,6 +37,9 @@ RTOL, RTOL_ADAPTIVE = 5e-5, 5e-4
 
 LAWS = {}
 
+# Of all weights and logs, to be compared between workers.
+DIGESTS = []
+
 
 def law(*replica_numbers):
     """Registers a law that is tried for some numbers of replicas."""
@@ -57,10 +64,13 @@ def under(strategy, make_model):
 def assert_replicas_agree(model):
     """Every replica holds the same values, bit for bit."""
     strategy = model.distribute_strategy
+    values = hashlib.sha256()
     for variable in [*model.weights, *model.optimizer.variables]:
         first, *others = strategy.experimental_local_results(variable.value)
         for other in others:
             np.testing.assert_array_equal(other, first, variable.path)
+        values.update(first.numpy().tobytes())
+    DIGESTS.append(values.hexdigest())
 
 
 def assert_one_device(strategy, make_model, *data, rtol=RTOL, **arguments):
@@ -442,14 +452,21 @@ def every_kind_of_input(strategy):
         comparing.assert_close(ours, theirs, RTOL)
 
 
-def main(number, names):
+def mirrored(number):
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * number
     )
-    strategy = tf.distribute.MirroredStrategy(
+    return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(number)]
     )
+
+
+def main(number, names):
+    if "TF_CONFIG" in os.environ:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        strategy = mirrored(number)
     for name, (function, numbers) in LAWS.items():
         if number not in numbers or (names and name not in names):
             continue
@@ -458,8 +475,14 @@ def main(number, names):
             function(strategy)
         except Exception:
             error = traceback.format_exc()
-        seconds = round(time.perf_counter() - began, 1)
-        print(json.dumps({"law": name, "error": error, "seconds": seconds}))
+        outcome = {
+            "law": name,
+            "error": error,
+            "seconds": round(time.perf_counter() - began, 1),
+            "digests": list(DIGESTS),
+        }
+        DIGESTS.clear()
+        print(json.dumps(outcome))
         sys.stdout.flush()
 
 
