@@ -15,7 +15,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     Beside the weights it saves the batch size, the noise statistics, the
     clocks and the policy's state, so that an interrupted training goes on as
     if it had not been. Takes the arguments of
-    `keras.callbacks.BackupAndRestore`.
+    `keras.callbacks.BackupAndRestore`. Of several workers the chief writes,
+    and all read: the folder must be one that all of them see.
     """
 
     _STATE_FILE = "batch_size.json"
@@ -49,6 +50,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _save_model(self):
         """Adds a file to what Keras saves (a private hook of Keras)."""
+        if not self._is_chief():
+            return
         super()._save_model()
         function = train_function_of(self.model)
         if function is None or function.controller is None:
@@ -57,6 +60,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         with tf.io.gfile.GFile(path + ".new", "w") as file:
             file.write(json.dumps(function.get_state()))
         tf.io.gfile.rename(path + ".new", path, overwrite=True)
+
+    def on_train_end(self, logs=None):
+        """Removes the folder, unless it is to be kept."""
+        if self._is_chief():
+            super().on_train_end(logs)
+
+    def _is_chief(self):
+        """Whether this worker, of several, is the one that writes."""
+        return self.model.distribute_strategy.extended.should_checkpoint
 
     def _state_path(self):
         return tf.io.gfile.join(str(self.backup_dir), self._STATE_FILE)

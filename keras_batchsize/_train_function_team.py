@@ -117,19 +117,26 @@ class Team:
             The same on every worker.
         """
         timing = measurement.timing
-        own = (
-            timing.seconds,
-            measurement.measuring_seconds,
-            measurement.seconds,
+        seconds, measuring, whole, *flags = self._workers.largest(
+            (
+                timing.seconds,
+                measurement.measuring_seconds,
+                measurement.seconds,
+                # Bits: whether it was traced, whether it was not timed.
+                measurement.traced + 2 * (not timing.updates),
+            )
         )
-        seconds, measuring, whole = self._workers.slowest(own)
-        if timing.updates and seconds == 0.0:
+        traced, untimed = int(flags[0]) % 2 == 1, flags[0] >= 2.0
+        if untimed or seconds == 0.0:
             timing = Timing()
+        else:
+            timing = dataclasses.replace(timing, seconds=seconds)
         return dataclasses.replace(
             measurement,
-            timing=dataclasses.replace(timing, seconds=seconds),
+            timing=timing,
             measuring_seconds=measuring,
             seconds=whole,
+            traced=traced or measurement.traced,
         )
 
 

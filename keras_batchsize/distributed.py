@@ -5,12 +5,20 @@ and after it. What is in its way is stepped around here while a call lasts.
 """
 
 import contextlib
+import json
+import re
 
 import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
+from keras_batchsize.workers import Workers
+from keras_batchsize.workers import check_tf_config
+from keras_batchsize.workers import explained
+
+# Of functions and other objects; each process has its own.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @contextlib.contextmanager
@@ -29,8 +37,55 @@ def prepared(model):
     with contextlib.ExitStack() as stack:
         stack.enter_context(keras_private.built_from_specs(model))
         if replicas.workers(model) > 1:
+            stack.enter_context(explained(model.distribute_strategy))
             stack.enter_context(_evaluating_together(model))
         yield
+
+
+def check_alike(model, **facts):
+    """Raises on every worker if they are about to train differently.
+
+    They are also made to shuffle alike.
+
+    Args:
+        model: A compiled Keras model.
+        **facts: What else has to be the same, of any type with a `repr`.
+
+    Raises:
+        ValueError: If workers differ, or TF_CONFIG is missing.
+        RuntimeError: If a worker does not come.
+    """
+    strategy = model.distribute_strategy
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    check_tf_config()
+    description = {
+        name: _ADDRESS.sub("", repr(value)) for name, value in facts.items()
+    }
+    description["model"] = _described(model)
+    description["weights"] = str(
+        [(tuple(one.shape), one.dtype) for one in model.weights]
+    )
+    description["optimizer"] = _described(model.optimizer)
+    description["loss"] = _described(model.loss)
+    workers = Workers(strategy)
+    workers.check_alike(description)
+    workers.shuffle_alike()
+
+
+def _described(what):
+    """The configuration of a part of Keras, or at least its type."""
+    try:
+        return json.dumps(what.get_config(), sort_keys=True, default=_named)
+    except (AttributeError, NotImplementedError, TypeError):
+        return _named(what)
+
+
+def _named(what):
+    """Texts of objects contain addresses, which differ."""
+    if isinstance(what, (str, int, float, list, tuple, dict)):
+        return str(what)
+    return getattr(what, "__name__", type(what).__name__)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.utils import io_utils
+from tensorflow.python.eager import context
 from tensorflow.python.eager import context as eager_context
 
 print_message = io_utils.print_msg
@@ -341,6 +342,27 @@ def build_symbolically(model, data):
     """
     with model.distribute_strategy.scope():
         model._symbolic_build(data_batch=data)
+
+
+def tell_workers(key, text):
+    """Puts a text where the other workers of a cluster can read it."""
+    context.context().set_config_key_value(key, text)
+
+
+def told_by_worker(key, seconds):
+    """Reads what a worker of the cluster has put, and waits for it.
+
+    Args:
+        key: What the worker has put it under.
+        seconds: How long to wait.
+
+    Returns:
+        Text.
+
+    Raises:
+        tf.errors.DeadlineExceededError: If there is nothing by then.
+    """
+    return context.context().get_config_key_value(key, seconds * 1000)
 
 
 def _share_spec(spec):

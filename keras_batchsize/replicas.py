@@ -96,6 +96,20 @@ def local_counts(strategy, data):
     ]
 
 
+def batch_size_of(strategy, dataset):
+    """Returns the examples in an element of a distributed dataset.
+
+    Args:
+        strategy: The strategy that it was distributed by.
+        dataset: A `tf.distribute.DistributedDataset`.
+
+    Returns:
+        Integer, over all replicas; each worker is taken to have as many.
+    """
+    counts = local_counts(strategy, next(iter(dataset)))
+    return sum(counts) * strategy.num_replicas_in_sync // len(counts)
+
+
 def end_of(counts):
     """Returns the position behind the last example of any share.
 
@@ -149,7 +163,10 @@ def dealt_out(dataset, strategy):
     """Deals the examples of each element out to the replicas, in turn.
 
     Every worker runs the whole pipeline and keeps what belongs to its own
-    replicas.
+    replicas, as under the policy DATA of `tf.data`. With several workers its
+    other policies are respected: under FILE, and under AUTO where there are
+    files enough, a worker reads files of its own; under OFF it reads all of
+    its pipeline.
 
     Args:
         dataset: A `tf.data.Dataset` of superbatches, the same on all workers.
@@ -158,6 +175,8 @@ def dealt_out(dataset, strategy):
     Returns:
         A `tf.distribute.DistributedDataset`.
     """
+    if _is_sharded_otherwise(dataset, strategy):
+        return strategy.experimental_distribute_dataset(dataset)
     is_tuple = isinstance(dataset.element_spec, tuple)
 
     def shares_of_worker(context):
@@ -174,6 +193,24 @@ def dealt_out(dataset, strategy):
         return dataset.flat_map(shares).prefetch(tf.data.AUTOTUNE)
 
     return strategy.distribute_datasets_from_function(shares_of_worker)
+
+
+def _is_sharded_otherwise(dataset, strategy):
+    local = len(strategy.extended.worker_devices)
+    if strategy.num_replicas_in_sync == local:
+        return False
+    options = dataset.options()
+    policies = tf.data.experimental.AutoShardPolicy
+    policy = options.experimental_distribute.auto_shard_policy
+    if policy != policies.AUTO:
+        return policy != policies.DATA
+    options.experimental_distribute.auto_shard_policy = policies.FILE
+    by_file = dataset.with_options(options)
+    try:
+        iter(strategy.experimental_distribute_dataset(by_file))
+    except tf.errors.OpError:
+        return False  # No files, or fewer than workers.
+    return True
 
 
 def every_nth(data, first, step):

@@ -179,6 +179,9 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
+    is_dealt_out = isinstance(x, tf.distribute.DistributedDataset)
+    if is_dealt_out:
+        superbatch_size = data.batch_size
     size = _superbatch_size(superbatch_size, base, epoch)
     sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
@@ -188,11 +191,15 @@ def make_superbatches(
         adapter, arrays = _arrays.at_hand(model, adapter, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
+    steps = sizes and len(sizes)
+    if is_dealt_out:
+        sizes = None
     result = Superbatches(adapter, sizes, bounds, arrays)
     result.base_batch_size, result.superbatch_size = base, size
-    result.strategy = replicas.strategy_of(model)
+    if not is_dealt_out:
+        result.strategy = replicas.strategy_of(model)
     if steps_per_epoch is not None:
-        result.steps_per_epoch = len(sizes)
+        result.steps_per_epoch = steps
     return result
 
 
@@ -211,6 +218,9 @@ class _Batched(NamedTuple):
 
 
 def _batched(x, y, sample_weight, model, batch_size):
+    if isinstance(x, tf.distribute.DistributedDataset):
+        strategy = model.distribute_strategy
+        return _Batched(x, replicas.batch_size_of(strategy, x), None)
     if isinstance(x, tf.data.Dataset):
         return _batched_dataset(x, model, batch_size)
     if isinstance(x, keras.utils.PyDataset):

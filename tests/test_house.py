@@ -27,9 +27,9 @@ FLOORS = (
     ("controller", "report", "tensorboard"),
     # From here on TensorFlow and Keras may be imported.
     ("exhaustion", "keras_private", "slicing"),
-    ("replicas",),
+    ("replicas", "workers"),
     ("distributed", "exactness", "learning_rate", "superbatches"),
-    ("gradients", "requirements", "workers"),
+    ("gradients", "requirements"),
     ("replica_graphs", "update_graphs"),
     ("train_function",),
     ("memory",),
