@@ -199,11 +199,11 @@ def _is_sharded_otherwise(dataset, strategy):
     local = len(strategy.extended.worker_devices)
     if strategy.num_replicas_in_sync == local:
         return False
-    options = dataset.options()
     policies = tf.data.experimental.AutoShardPolicy
-    policy = options.experimental_distribute.auto_shard_policy
+    policy = dataset.options().experimental_distribute.auto_shard_policy
     if policy != policies.AUTO:
         return policy != policies.DATA
+    options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = policies.FILE
     by_file = dataset.with_options(options)
     try:
