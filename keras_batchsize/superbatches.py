@@ -53,18 +53,19 @@ class Superbatches(keras_private.DataAdapter):
             data, or None if it is not known.
         arrays: Nested structure of tensors whose row numbers the adapter
             hands over, or None if it hands over examples.
+        model: The model to whose replicas they are dealt out; None where they
+            are already.
 
     Attributes:
         base_batch_size: B₀, in examples.
         superbatch_size: Examples in a superbatch.
         steps_per_epoch: What to pass to Keras as `steps_per_epoch`.
-        strategy: The strategy whose replicas share them, or None.
     """
 
-    def __init__(self, adapter, sizes, bounds, arrays=None):
+    def __init__(self, adapter, sizes, bounds, arrays=None, model=None):
         self.base_batch_size = None
         self.superbatch_size = None
-        self.strategy = None
+        self._strategy = model and replicas.strategy_of(model)
         self._arrays = arrays
         self._adapter = adapter
         self._sizes = sizes
@@ -84,8 +85,8 @@ class Superbatches(keras_private.DataAdapter):
             if _has_optionals(dataset):
                 dataset = dataset.map(_without_nones)
             dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
-        if self.strategy is not None:
-            dataset = replicas.dealt_out(dataset, self.strategy)
+        if self._strategy is not None:
+            dataset = replicas.dealt_out(dataset, self._strategy)
         return dataset
 
     @property
@@ -167,6 +168,8 @@ def make_superbatches(
     """
     steps_per_epoch = steps_per_epoch or None  # As Keras takes a zero.
     batch_size = _checked_batch_size(batch_size)
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return _dealt_out_already(model, x, batch_size, steps_per_epoch)
     data = _batched(x, y, sample_weight, model, batch_size)
     adapter_for = functools.partial(
         keras_private.data_adapter_for, class_weight=class_weight
@@ -179,9 +182,6 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
-    is_dealt_out = isinstance(x, tf.distribute.DistributedDataset)
-    if is_dealt_out:
-        superbatch_size = data.batch_size
     size = _superbatch_size(superbatch_size, base, epoch)
     sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
@@ -191,15 +191,23 @@ def make_superbatches(
         adapter, arrays = _arrays.at_hand(model, adapter, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
-    steps = sizes and len(sizes)
-    if is_dealt_out:
-        sizes = None
-    result = Superbatches(adapter, sizes, bounds, arrays)
+    result = Superbatches(adapter, sizes, bounds, arrays, model)
     result.base_batch_size, result.superbatch_size = base, size
-    if not is_dealt_out:
-        result.strategy = replicas.strategy_of(model)
     if steps_per_epoch is not None:
-        result.steps_per_epoch = steps
+        result.steps_per_epoch = len(sizes)
+    return result
+
+
+def _dealt_out_already(model, x, batch_size, steps_per_epoch):
+    """Takes each element of a distributed dataset as a superbatch."""
+    size = replicas.batch_size_of(model.distribute_strategy, x)
+    adapter = keras_private.data_adapter_for(x)
+    bounds = _bounds(_Batched(x, size, None), adapter)
+    result = Superbatches(adapter, None, bounds)
+    result.base_batch_size = base = batch_size or size
+    result.superbatch_size = _checked_superbatch_size(size, base)
+    if steps_per_epoch is not None:
+        result.steps_per_epoch = math.ceil(steps_per_epoch * base / size)
     return result
 
 
@@ -218,9 +226,6 @@ class _Batched(NamedTuple):
 
 
 def _batched(x, y, sample_weight, model, batch_size):
-    if isinstance(x, tf.distribute.DistributedDataset):
-        strategy = model.distribute_strategy
-        return _Batched(x, replicas.batch_size_of(strategy, x), None)
     if isinstance(x, tf.data.Dataset):
         return _batched_dataset(x, model, batch_size)
     if isinstance(x, keras.utils.PyDataset):

@@ -7,6 +7,7 @@ is asked for: with a name gone, that would hide which.
 
 import ast
 import importlib
+import inspect
 import pathlib
 
 import comparing
@@ -436,6 +437,19 @@ def test_fit_builds_in_one_method_from_its_iterator():
         specs = keras.tree.flatten(iterator._distributed_dataset.element_spec)
         shapes = [spec.shape.as_list() for spec in specs]
         assert shapes == [[None, comparing.FEATURES], [None]], message
+
+
+def test_workers_can_leave_texts_for_each_other():
+    from tensorflow.python.eager import context
+
+    for name, arguments in (
+        ("set_config_key_value", ["self", "key", "value"]),
+        ("get_config_key_value", ["self", "key", "timeout_in_ms"]),
+    ):
+        method = getattr(type(context.context()), name, None)
+        message = changed(name, "tell_workers and told_by_worker")
+        assert method is not None, message
+        assert list(inspect.signature(method).parameters) == arguments, message
 
 
 def test_symbolic_build_makes_all_variables():

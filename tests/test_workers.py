@@ -33,9 +33,8 @@ def free_ports(number):
 
 
 def config(addresses, index, job="worker"):
-    return json.dumps(
-        {"cluster": {"worker": addresses}, "task": {"type": job, "index": index}}
-    )
+    task = {"type": job, "index": index}
+    return json.dumps({"cluster": {"worker": addresses}, "task": task})
 
 
 def run_workers(number, folder):
