@@ -5,13 +5,16 @@ import math
 from keras_batchsize import throughput
 from keras_batchsize.plan import largest_on_ladder
 
+# Where examples cost next to nothing, goodput need not have a maximum.
+_LARGEST_RECOMMENDED = 2**20
+
 
 def recommended_batch_size(controller):
     """Returns the size that the measurements speak for, on no bounds.
 
-    The time-optimal size if more than one size was timed, else the noise
-    scale itself (McCandlish et al. 2018: there, updates and examples are each
-    twice their minimum), rounded to B₀·2ᵏ.
+    The B₀·2ᵏ of the largest goodput if more than one size was timed, else the
+    next to the noise scale itself (McCandlish et al. 2018: there, updates and
+    examples are each twice their minimum).
 
     Args:
         controller: A `Controller`.
@@ -22,12 +25,21 @@ def recommended_batch_size(controller):
     estimate, step_time = controller.noise_scale, controller.step_time
     if not estimate.resolved:
         return None
-    wanted = estimate.value
-    if step_time is not None and not step_time.guessed:
-        wanted = throughput.time_optimal_batch_size(step_time, wanted)
-    if math.isinf(wanted):
-        return controller.ladder.sizes[-1]
-    return largest_on_ladder(controller.ladder.base, wanted * math.sqrt(2.0))
+    if step_time is None or step_time.guessed:
+        return largest_on_ladder(
+            controller.ladder.base, estimate.value * math.sqrt(2.0)
+        )
+    return _size_of_largest_goodput(controller, step_time, estimate.value)
+
+
+def _size_of_largest_goodput(controller, step_time, noise_scale):
+    """Doubles B₀ while that speeds up; goodput has one maximum only."""
+    base = size = controller.ladder.base
+    while size < _LARGEST_RECOMMENDED and 1.0 < throughput.speedup(
+        size, 2 * size, step_time, noise_scale, base, controller.efficiency
+    ):
+        size *= 2
+    return size
 
 
 def why_unchanged(controller):

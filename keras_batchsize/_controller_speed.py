@@ -71,24 +71,48 @@ class Speed:
             per_example=expected.per_example * ratio,
         )
 
-    def predicted_speedup(self, old, new, estimate):
+    def goodput(self, status):
+        """Returns useful examples per second, NaN if not known.
+
+        Args:
+            status: A `Status`.
+        """
+        if self._step_time is None or math.isnan(status.noise_scale):
+            return math.nan
+        return throughput.goodput(
+            status.batch_size,
+            self._step_time,
+            status.noise_scale,
+            status.base_batch_size,
+            status.efficiency,
+        )
+
+    def predicted_speedup(self, status, new):
         """Returns by how much a change should speed up, NaN if not known.
 
         Args:
-            old: Examples per update before.
-            new: Examples per update after.
-            estimate: A `NoiseScaleEstimate`.
+            status: A `Status` before the change.
+            new: Examples per update after it.
         """
         known = self._step_time
-        if known is None or known.guessed or not estimate.resolved:
+        if known is None or known.guessed or math.isnan(status.noise_scale):
             return math.nan
-        return throughput.speedup(old, new, known, estimate.value)
+        return throughput.speedup(
+            status.batch_size,
+            new,
+            known,
+            status.noise_scale,
+            status.base_batch_size,
+            status.efficiency,
+        )
 
-    def observed_speedup(self, decision):
+    def observed_speedup(self, decision, base_batch_size, efficiency):
         """Returns the speed-up of a change with the times of both sizes.
 
         Args:
             decision: A `Decision` or anything with its first three fields.
+            base_batch_size: B₀.
+            efficiency: See `Status`.
 
         Returns:
             Float; NaN while one of the sizes has not been timed.
@@ -99,7 +123,9 @@ class Speed:
         if not old_seconds or not new_seconds:
             return math.nan
         ratio = (new / new_seconds) / (old / old_seconds)
-        return ratio * throughput.efficiency(new, decision.noise_scale, old)
+        return ratio * throughput.progress_ratio(
+            old, new, decision.noise_scale, base_batch_size, efficiency
+        )
 
     def get_state(self):
         """Returns what was expected as plain JSON types, or None."""

@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
+from keras_batchsize import scaling
+from keras_batchsize import throughput
 from keras_batchsize.throughput import StepTime
 
 
@@ -23,6 +26,8 @@ class Status:
         learning_rate: The base rate, without the factor for `batch_size`.
         loss: Mean training loss of the epoch so far. NaN if there is none.
         epoch: Zero-based integer.
+        efficiency: Progress per example under the learning-rate rule in
+            force: `throughput.efficiency` or `throughput.linear_efficiency`.
     """
 
     batch_size: int
@@ -36,6 +41,7 @@ class Status:
     learning_rate: float = math.nan
     loss: float = math.nan
     epoch: int = 0
+    efficiency: Callable[..., float] = throughput.efficiency
 
 
 class BatchSizePolicy:
@@ -88,6 +94,20 @@ class BatchSizePolicy:
             if not name.startswith("_")
         )
         return f"{type(self).__name__}({arguments})"
+
+
+def efficiency_under(rule):
+    """Returns the progress per example under a learning-rate rule.
+
+    Args:
+        rule: A function as in `scaling.RULES`.
+
+    Returns:
+        `throughput.linear_efficiency` or `throughput.efficiency`.
+    """
+    if rule is scaling.linear:
+        return throughput.linear_efficiency
+    return throughput.efficiency
 
 
 # A wish must pass the middle between two sizes by this factor: without it a

@@ -10,7 +10,6 @@ import math
 from keras_batchsize import noise
 from keras_batchsize import policies
 from keras_batchsize import scaling
-from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize.clock import ExamplesClock
 from keras_batchsize.measuring import PARTS
@@ -141,12 +140,12 @@ class Controller:
     @property
     def goodput(self):
         """Useful examples per second at the present size; NaN if unknown."""
-        step_time, estimate = self.step_time, self.noise_scale
-        if step_time is None or not estimate.resolved:
-            return math.nan
-        return throughput.goodput(
-            self.batch_size, step_time, estimate.value, self.ladder.base
-        )
+        return self.speed.goodput(self._status_at_estimate())
+
+    @property
+    def efficiency(self):
+        """Function for the progress per example, see `Status`."""
+        return policies.efficiency_under(self.rule)
 
     def wants_measurement(self, examples, examples_ahead):
         """Returns whether to measure the next superbatch.
@@ -286,14 +285,12 @@ class Controller:
         )
         if new == self.batch_size:
             return None
-        seen = policies.at_noise(status, estimate, estimate.value)
+        seen = self._status_at_estimate()
         decision = Decision(
             old_batch_size=self.batch_size,
             new_batch_size=new,
-            noise_scale=estimate.value if estimate.resolved else math.nan,
-            predicted_speedup=self.speed.predicted_speedup(
-                self.batch_size, new, estimate
-            ),
+            noise_scale=seen.noise_scale,
+            predicted_speedup=self.speed.predicted_speedup(seen, new),
             reason=self.policy.reason(seen),
         )
         self.batch_size = new
@@ -319,11 +316,19 @@ class Controller:
             learning_rate=self.last.learning_rate / self.last.factor,
             loss=math.nan if self.last.loss is None else self.last.loss,
             epoch=self.epoch,
+            efficiency=self.efficiency,
         )
+
+    def _status_at_estimate(self):
+        estimate = self.noise_scale
+        known = estimate.value if estimate.resolved else math.nan
+        return policies.at_noise(self._status(), estimate, known)
 
     def observed_speedup(self, decision):
         """Returns the speed-up of a change with the times of both sizes."""
-        return self.speed.observed_speedup(decision)
+        return self.speed.observed_speedup(
+            decision, self.ladder.base, self.efficiency
+        )
 
     # State.
 

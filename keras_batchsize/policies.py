@@ -12,6 +12,7 @@ from keras_batchsize import throughput
 from keras_batchsize._policies_base import BatchSizePolicy
 from keras_batchsize._policies_base import Status
 from keras_batchsize._policies_base import at_noise
+from keras_batchsize._policies_base import efficiency_under
 from keras_batchsize._policies_base import next_batch_size
 from keras_batchsize._policies_stated import BatchSizeSchedule
 from keras_batchsize._policies_stated import Fixed
@@ -33,6 +34,7 @@ __all__ = [
     "NormTest",
     "Status",
     "at_noise",
+    "efficiency_under",
     "get",
     "next_batch_size",
 ]
@@ -41,10 +43,12 @@ __all__ = [
 class Goodput(BatchSizePolicy):
     """The size that trains fastest: throughput x statistical efficiency.
 
-    Goodput is examples per second times (φ + B₀)/(φ + B) (Qiao et al. 2021,
-    Pollux, OSDI). With a time per update of a + c·B seconds it
-    is largest at √(φ·a/c). The size changes only if the speed-up predicted
-    for the change reaches `min_speedup`.
+    Goodput (Qiao et al. 2021, Pollux, OSDI) is examples per second times
+    progress per example. The latter depends on what the learning rate does:
+    under the linear rule it is `throughput.linear_efficiency`; else it is
+    Pollux's (φ + B₀)/(φ + B), with which goodput is largest at √(φ·a/c) if an
+    update takes a + c·B seconds. The size changes only if the speed-up
+    predicted for the change reaches `min_speedup`.
 
     While one size only has been timed, c is taken for zero: a larger size is
     tried unless it could not pay even then, after which both costs are known.
@@ -73,7 +77,12 @@ class Goodput(BatchSizePolicy):
             step_time = StepTime(1.0, 0.0, step_time.largest)
         gains = {
             size: throughput.speedup(
-                status.batch_size, size, step_time, status.noise_scale
+                status.batch_size,
+                size,
+                step_time,
+                status.noise_scale,
+                status.base_batch_size,
+                status.efficiency,
             )
             for size in (status.smaller, status.larger)
         }

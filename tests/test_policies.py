@@ -224,14 +224,26 @@ TIMES = [StepTime(1e-2, 1e-6), StepTime(1e-3, 2e-5), StepTime(1e-3, 2e-5, 256)]
 
 @pytest.mark.parametrize("step_time", TIMES)
 @pytest.mark.parametrize("min_speedup", [1.0, 1.05, 1.3])
-def test_goodput_changes_only_for_the_speedup_asked_for(step_time, min_speedup):
+@pytest.mark.parametrize(
+    "efficiency", [throughput.efficiency, throughput.linear_efficiency]
+)
+def test_goodput_changes_only_for_the_speedup_asked_for(
+    step_time, min_speedup, efficiency
+):
     policy = policies.Goodput(min_speedup)
     for batch_size in LADDER.sizes:
-        status = status_at(batch_size, step_time=step_time)
+        status = status_at(
+            batch_size, step_time=step_time, efficiency=efficiency
+        )
         for noise_scale in NOISE_SCALES[1:]:
 
             def useful(size):
-                return throughput.goodput(size, step_time, noise_scale, 32)
+                return throughput.goodput(
+                    size, step_time, noise_scale, 32, efficiency
+                )
+
+            if useful(batch_size) == 0.0:
+                continue  # test_linear_efficiency_ends_where_...
 
             new = next_batch_size(
                 policy, status, estimate_of(noise_scale), LADDER

@@ -76,6 +76,64 @@ def test_optimum_is_the_limit_where_examples_cost_nothing():
     assert throughput.time_optimal_batch_size(limited, 9) == 512
 
 
+def progress_of_an_update(batch_size, rate, curvature=3.0, trace=50.0):
+    """Expected decrease of h/2·‖w‖² by one update, computed as it is defined.
+
+    With w = (2, 0, ..) the gradient is G = h·w, and a batch adds noise of the
+    variance tr(Σ)/B: E‖w - ε(G + noise)‖² is a sum of two squares.
+    """
+    squared_distance = 4.0
+    left = squared_distance * (1.0 - rate * curvature) ** 2
+    left += rate**2 * trace / batch_size
+    return curvature / 2.0 * (squared_distance - left)
+
+
+@pytest.mark.parametrize("base", [1, 32])
+@pytest.mark.parametrize("batch_size", [1, 8, 32, 40])
+def test_linear_efficiency_is_that_of_a_quadratic(base, batch_size):
+    curvature, trace = 3.0, 50.0
+    noise_scale = trace / (4.0 * curvature**2)
+    # The best rate at the base size, found by search.
+    rates = np.linspace(1e-6, 1.0, 200_001)
+    best = rates[np.argmax(progress_of_an_update(base, rates))]
+    rate = throughput.RATE_SHARE * best
+
+    scaled = progress_of_an_update(batch_size, rate * batch_size / base)
+    ratio = scaled / batch_size / (progress_of_an_update(base, rate) / base)
+
+    # The spacing of the rates; what is lost counts as nothing gained.
+    assert throughput.linear_efficiency(
+        batch_size, noise_scale, base
+    ) == pytest.approx(max(ratio, 0.0), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("noise_scale", [1.0, 80.0, 5000.0])
+def test_linear_efficiency_ends_where_the_rate_is_too_large(noise_scale):
+    def efficiency(size):
+        return throughput.linear_efficiency(size, noise_scale, 32)
+
+    values = [efficiency(2**k) for k in range(5, 30)]
+    assert values[0] == 1.0 and values[-1] == 0.0
+    assert all(one >= two for one, two in zip(values, values[1:]))
+    # However cheap examples are: no speed makes up for no progress.
+    cheap, end = StepTime(1.0, 0.0), 2**29
+    args = cheap, noise_scale, 32, throughput.linear_efficiency
+    assert throughput.speedup(end, 2 * end, *args) == 0.0
+    assert throughput.speedup(end, end // 2, *args) == math.inf
+    assert throughput.speedup(end, end, *args) == 1.0
+
+
+@pytest.mark.parametrize("old", [32, 64, 128, 1024])
+def test_more_noise_never_speaks_against_a_larger_size(old):
+    ratios = [
+        throughput.progress_ratio(
+            old, 2 * old, noise, 32, throughput.linear_efficiency
+        )
+        for noise in np.geomspace(1.0, 1e6, 200)
+    ]
+    assert all(one <= two + 1e-12 for one, two in zip(ratios, ratios[1:]))
+
+
 @pytest.mark.parametrize(("fixed", "per_example", "noise_scale"), TASKS)
 def test_speedups_multiply_along_a_path(fixed, per_example, noise_scale):
     step_time = StepTime(fixed, per_example, largest=1024)
