@@ -11,6 +11,7 @@ from keras_batchsize._callbacks_base import profile_of
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._version import __version__
 from keras_batchsize.tensorboard import events
+from keras_batchsize.tensorboard import hparams
 from keras_batchsize.tensorboard import pictures
 from keras_batchsize.tensorboard import tables
 from keras_batchsize.tensorboard import tags
@@ -32,13 +33,15 @@ class Recorder:
         log_dir: Folder that TensorBoard is given.
         steps: Superbatches per epoch, or None.
         last: `end` of the training before it, which may go on, or None.
+        has_hparams: Whether to write for the tab "HParams".
     """
 
-    def __init__(self, function, log_dir, steps, last):
+    def __init__(self, function, log_dir, steps, last, has_hparams=False):
         self._function = function
         self._log_dir = log_dir
         self._steps = steps
         self._last = last
+        self._has_hparams = has_hparams
         self._epoch = None
         self._done = 0
         self._rows = []
@@ -113,6 +116,9 @@ class Recorder:
         self._write_changes()
         self._draw_goodput()
         self._write_info(finished=True)
+        if self._has_hparams:
+            values = hparams.end(time.time())
+            self._writer.write(self._function.controller.examples, values)
         self._writer.close()
 
     @property
@@ -138,6 +144,10 @@ class Recorder:
         self._began, self._first_step = time.time(), examples_before + 1
         settings = settings_of(function)
         values = [events.text(tags.TEXT_SETTINGS, tables.settings(settings))]
+        if self._has_hparams:
+            # How long it measured is a result, and not known yet.
+            del settings["measuring_share"]
+            values += hparams.start(settings, self._began)
         self._writer.write(self._first_step, values)
         self._write_info()
 
@@ -175,6 +185,7 @@ class Recorder:
             "throughput/examples_per_second": row.examples_per_second,
             "progress/updates": row.updates,
             "progress/epoch": row.epoch + part,
+            "progress/loss": row.loss,
             "progress/seconds": self._seconds_before + row.seconds,
         }
         if controller.measures:

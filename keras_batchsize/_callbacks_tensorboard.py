@@ -1,6 +1,7 @@
 """`BatchSizeTensorBoard`: what the batch size does, for TensorBoard."""
 
 import pathlib
+import re
 
 import keras
 
@@ -67,6 +68,7 @@ class BatchSizeTensorBoard(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.tensorboard = tensorboard
         self.hparams = hparams
+        self._given_log_dir = log_dir or tensorboard.log_dir
         self._recorder = None
         self._last = None
 
@@ -113,11 +115,21 @@ class BatchSizeTensorBoard(keras.callbacks.Callback):
             # Only now: KerasTuner sets it for each trial.
             folder = self.tensorboard.log_dir
         recorder = Recorder(
-            function, folder, self.params.get("steps"), self._last
+            function,
+            folder,
+            self.params.get("steps"),
+            self._last,
+            self.hparams and not self._is_of_a_tuner(folder),
         )
         function.on_superbatch.append(recorder.add_row)
         function.on_decision.append(recorder.add_change)
         return recorder
+
+    def _is_of_a_tuner(self, folder):
+        """Whether KerasTuner has set the folder: then it writes hparams."""
+        return folder != self._given_log_dir and bool(
+            re.search(r"[/\\]execution\d+$", str(folder))
+        )
 
 
 def _is_chief(model):

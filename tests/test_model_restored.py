@@ -456,6 +456,7 @@ PUBLIC_CALLBACKS = {
         kb.DynamicBatchSize(growing(), BASE),
     ],
     "ExamplesProgbarLogger": lambda path: kb.ExamplesProgbarLogger(),
+    "TimeToTarget": lambda path: kb.TimeToTarget("loss", 0.0, 100.0),
 }
 
 

@@ -1,6 +1,7 @@
 """What is written for TensorBoard, read back by TensorBoard's own readers."""
 
 import copy
+import importlib.util
 import json
 import math
 import struct
@@ -15,12 +16,17 @@ from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import dense
 from comparing import regression
+from google.protobuf import json_format
 from tensorboard.backend.event_processing import event_file_loader
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.util import tensor_util
 
 import keras_batchsize as kb
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
+from keras_batchsize.tensorboard import hparams
 from keras_batchsize.tensorboard import layout
 from keras_batchsize.tensorboard import tags
 
@@ -163,6 +169,7 @@ AS_REPORTED = {
     "throughput/goodput": "goodput",
     "progress/updates": "updates",
     "progress/seconds": "seconds",
+    "progress/loss": "loss",
 }
 
 
@@ -274,6 +281,71 @@ def test_the_layout_names_tags_that_exist(written):
         for tag in (listed.values() if isinstance(listed, dict) else listed)
     }
     assert named <= set(tags.SCALARS)
+
+
+def test_the_probe_is_shown_as_table_picture_and_memory(tmp_path):
+    rows = [
+        ProfileRow(size, 2**20 * size, None, 1e-3 * size, fits)
+        for size, fits in ((8, True), (16, True), (32, True), (64, False))
+    ]
+    profile = BatchProfile(rows, 32, "memory", 2**26, usable_bytes=2**25)
+
+    class Probed(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.train_function.profile = profile
+
+    fit([dynamic(), kb.BatchSizeTensorBoard(tmp_path), Probed()])
+
+    read = Run(tmp_path / "batch_size")
+    [[table]] = read.strings(tags.TEXT_PROBE)
+    assert "| 16 | 16.0 | – | 16 | 1,000 | yes |" in table
+    assert "| 64 | 64.0 | – | 64 | 1,000 | **no** |" in table
+    assert "Largest batch size: **32**. Memory limit: 64.0 MiB" in table
+    peaks = read.scalars("memory/peak_bytes")[1]
+    micro = read.scalars("batch_size/micro")[1]
+    assert peaks == [2**20 * size for size in micro]
+    assert set(read.scalars("memory/limit_bytes")[1]) == {2**26}
+    if importlib.util.find_spec("matplotlib"):
+        assert tags.IMAGE_PROBE in read.plugin("images")
+
+
+def hparams_of(folder):
+    """Returns the settings that TensorBoard's own parser reads."""
+    starts = [
+        hparams_metadata.parse_session_start_info_plugin_data(
+            value.metadata.plugin_data.content
+        )
+        for event in raw_events(folder)
+        for value in event.summary.value
+        if value.tag == hparams_metadata.SESSION_START_INFO_TAG
+    ]
+    return [
+        {name: json_format.MessageToDict(v) for name, v in one.hparams.items()}
+        for one in starts
+    ]
+
+
+def test_hparams_are_written_where_asked_for(tmp_path):
+    fit([dynamic(), kb.BatchSizeTensorBoard(tmp_path / "not")], epochs=1)
+    asked = kb.BatchSizeTensorBoard(tmp_path / "asked", hparams=True)
+    fit([dynamic(), asked], epochs=1)
+
+    assert hparams_of(tmp_path / "not" / "batch_size") == []
+    [settings] = hparams_of(tmp_path / "asked" / "batch_size")
+    assert settings["base_batch_size"] == BASE
+    assert settings["policy"].startswith("BatchSizeSchedule")
+    assert set(hparams.METRICS) <= set(tags.SCALARS)
+
+
+def test_hparams_are_left_to_kerastuner_where_it_writes_them(tmp_path):
+    board = keras.callbacks.TensorBoard(tmp_path)
+    ours = kb.BatchSizeTensorBoard(tensorboard=board, hparams=True)
+    # As KerasTuner names the folder of an execution.
+    board.log_dir = str(tmp_path / "0" / "execution0")
+
+    fit([dynamic(), board, ours], epochs=1)
+
+    assert hparams_of(tmp_path / "0" / "execution0" / "batch_size") == []
 
 
 def test_goodput_is_drawn_once_it_is_known(written):

@@ -44,6 +44,7 @@ SCALARS = {
     "memory/limit_bytes": "Memory that the probe allowed.",
     "progress/updates": "Optimizer updates made.",
     "progress/epoch": "Epochs done, with the part of the present one.",
+    "progress/loss": "Mean training loss of the epoch so far, as Keras has it.",
     "progress/seconds": "Seconds of training, validation and pauses excluded.",
 }
 

@@ -8,7 +8,7 @@ const HEIGHT = 250;
 // With more runs than this, bands and marks would hide the lines.
 const FEW_RUNS = 4;
 const TOOLTIP_RUNS = 8;
-const MAX_DOTS = 50;
+const MAX_DOTS = 25;
 
 /**
  * A line: `tag` it reads, or `loss` of Keras; `label`; `width` and `dash` in

@@ -15,13 +15,13 @@ const last = (run, tag) => {
 
 const settings = (run) => run.info.settings ?? {};
 
-/** Updates made, and how many the fixed base size would have needed. */
+/** Updates made, and how many times as many the base size would have needed. */
 function updates(run) {
   const { base_updates: base, updates: made } = run.info;
   const count = whole(last(run, "progress/updates"));
   const ratio = base / made;
   if (!(ratio >= 1.05)) return count;
-  return `${count} (${short(ratio)}× fewer than at ${settings(run).base_batch_size})`;
+  return `${count} (${short(ratio)}× fewer)`;
 }
 
 const OVERVIEW = [
