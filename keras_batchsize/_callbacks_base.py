@@ -32,12 +32,3 @@ def settings_of(function):
         "max_batch_size": controller.ladder.sizes[-1],
         "measuring_share": controller.measuring.share,
     }
-
-
-def profile_of(function):
-    """Returns the `BatchProfile` that a training was planned with, or None.
-
-    Args:
-        function: The `AdaptiveTrainFunction`.
-    """
-    return getattr(function, "profile", None)

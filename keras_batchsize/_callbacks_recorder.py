@@ -7,7 +7,6 @@ import uuid
 
 import tensorflow as tf
 
-from keras_batchsize._callbacks_base import profile_of
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._version import __version__
 from keras_batchsize.tensorboard import events
@@ -162,7 +161,7 @@ class Recorder:
             return
         if self._writer is None:
             self._begin(self._examples_before)
-        profile = profile_of(self._function)
+        profile = self._function.controller.profile
         if profile is not self._profile:
             self._write_profile(rows[0][1].examples, profile)
         for now, row, done, estimate, maximum in rows:

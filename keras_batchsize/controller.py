@@ -77,6 +77,7 @@ class Controller:
         self._known_noise_scale = math.nan
         self._changed_at = (0, 0)
         self._healthy = True
+        self.profile = None
         self.last = Measurement(0, 0)
 
     # What holds now.
@@ -244,6 +245,7 @@ class Controller:
         """
         self.limit_micro_batch_size(profile.max_batch_size // profile.replicas)
         self.speed.expect(profile.step_time)
+        self.profile = profile
 
     def start_epoch(self, epoch):
         """Is told that an epoch begins.
