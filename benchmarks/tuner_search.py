@@ -1,0 +1,187 @@
+"""Two searches over batch size and learning rate, with as many trials each.
+
+- `plain`: KerasTuner as it is, both as hyperparameters: `batch_size` goes to
+  `model.fit`, the rate to the optimizer.
+- `wrapper`: `kbt.AdaptiveHyperModel` over the same two axes, the size held
+  fixed in a trial, the rate searched at a reference batch size and carried to
+  the trial's size by the linear rule.
+
+Both have the same sizes, the same range of rates and the same seeds, and run by
+turns. The best setting of each is then trained anew, by plain `fit`, and looked
+at on the test set: the value of the best of many trials is partly luck.
+
+    python benchmarks/tuner_search.py --trials 20 --seeds 0 1 2
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+
+import keras
+import keras_tuner
+import workloads
+
+from keras_batchsize import tuner as kbt
+
+SIZES = (16, 512)
+RATES = (1e-3, 1.0)
+# Seeds of the trainings anew, of which the mean is printed.
+ANEW = (101, 102, 103)
+
+
+class Plain(keras_tuner.HyperModel):
+    """Batch size and rate as KerasTuner's guide has it.
+
+    Args:
+        options: Parsed options.
+        side: Pixels of a side of an image.
+    """
+
+    def __init__(self, options, side):
+        super().__init__()
+        self._options, self._side = options, side
+
+    def declare_hyperparameters(self, hp):
+        """Before the first trial, else that has the default of both."""
+        kbt.hp_batch_size(hp, *SIZES, name="batch_size")
+        hp.Float("learning_rate", *RATES, sampling="log")
+
+    def build(self, hp):
+        """Makes the model with the rate of the trial."""
+        rate = hp.Float("learning_rate", *RATES, sampling="log")
+        return make(self._options, self._side, 0, rate)
+
+    def fit(self, hp, model, *args, **kwargs):
+        """Trains with the batch size of the trial."""
+        size = kbt.hp_batch_size(hp, *SIZES, name="batch_size")
+        return model.fit(*args, batch_size=size, **kwargs)
+
+    def setting(self, hp):
+        """Returns batch size and rate."""
+        return hp.get("batch_size"), hp.get("learning_rate")
+
+
+def make(options, side, seed, rate):
+    """Returns a compiled model of known initial weights."""
+    return workloads.make(options.model, side, seed, learning_rate=rate)
+
+
+class Wrapper(kbt.AdaptiveHyperModel):
+    """The same by `AdaptiveHyperModel`.
+
+    Args:
+        options: Parsed options.
+        side: Pixels of a side of an image.
+    """
+
+    def __init__(self, options, side):
+        space = kbt.BatchSizeSpace(
+            initial=SIZES,
+            policies=[options.policy],
+            learning_rate_rules=["linear"],
+            learning_rate=RATES,
+        )
+        super().__init__(lambda hp: make(options, side, 0, RATES[0]), space)
+
+    def setting(self, hp):
+        """Returns batch size and rate, carried to it."""
+        rate = float(self.build(hp).optimizer.learning_rate)
+        return self.space.setting(hp).initial, rate
+
+
+def search(options, hypermodel, data, seed, directory):
+    """Searches; returns seconds and the best trial."""
+    keras.utils.set_random_seed(seed)
+    train, validation = data
+    tuner = getattr(keras_tuner, options.tuner)(
+        hypermodel,
+        objective="val_accuracy",
+        max_trials=options.trials,
+        seed=seed + 1,
+        directory=directory,
+        project_name=type(hypermodel).__name__,
+        overwrite=True,
+    )
+    started = time.perf_counter()
+    tuner.search(
+        *train, validation_data=validation, epochs=options.epochs, verbose=0
+    )
+    seconds = time.perf_counter() - started
+    return seconds, tuner.oracle.get_best_trials(1)[0]
+
+
+def anew(options, setting, train, test):
+    """Returns the mean test accuracy of a setting, trained by plain `fit`."""
+    size, rate = setting
+    accuracies = []
+    for seed in ANEW:
+        model = make(options, train[0].shape[1], seed, rate)
+        model.fit(*train, batch_size=size, epochs=options.epochs, verbose=0)
+        accuracies.append(model.evaluate(*test, verbose=0)[1])
+    return statistics.mean(accuracies)
+
+
+def measure(options):
+    """Runs both searches with each seed, prints a line each."""
+    (x, y), test = workloads.load("mnist", options.path)
+    count = options.examples
+    train = x[:count], y[:count]
+    validation = x[-10000:], y[-10000:]
+    print(
+        f"{options.model} on {count:,} examples of MNIST, {options.tuner}, "
+        f"{options.trials} trials of {options.epochs} epochs\n\n"
+        "| seed | search | seconds | best val. accuracy | batch size | rate "
+        "| test accuracy, anew |\n|---|---|---|---|---|---|---|"
+    )
+    rows = {Plain: [], Wrapper: []}
+    for seed in options.seeds:
+        # By turns, so that neither always has the warm machine.
+        kinds = list(rows)[:: 1 if seed % 2 == 0 else -1]
+        for kind in kinds:
+            hypermodel = kind(options, x.shape[1])
+            with tempfile.TemporaryDirectory() as directory:
+                seconds, trial = search(
+                    options, hypermodel, (train, validation), seed, directory
+                )
+            size, rate = hypermodel.setting(trial.hyperparameters)
+            accuracy = anew(options, (size, rate), train, test)
+            rows[kind].append((seconds, trial.score, accuracy))
+            print(
+                f"| {seed} | {kind.__name__.lower()} | {seconds:.1f} | "
+                f"{trial.score:.4f} | {size} | {rate:.4f} | {accuracy:.4f} |",
+                flush=True,
+            )
+    summarise(rows)
+
+
+def summarise(rows):
+    """Prints what the wrapper is to plain KerasTuner."""
+    pairs = list(zip(rows[Wrapper], rows[Plain], strict=True))
+    ratio = math.exp(statistics.mean(math.log(a[0] / b[0]) for a, b in pairs))
+    found = statistics.mean(a[1] - b[1] for a, b in pairs)
+    better = statistics.mean(a[2] - b[2] for a, b in pairs)
+    print(
+        f"\nWrapper against plain: {ratio:.2f} times the seconds (geometric "
+        f"mean), {found:+.4f} validation accuracy of the best trial, "
+        f"{better:+.4f} test accuracy anew (means)"
+    )
+
+
+def main():
+    """Reads the options."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=workloads.MODELS, default="mlp")
+    parser.add_argument("--path", help="file that holds MNIST")
+    parser.add_argument("--tuner", default="RandomSearch")
+    parser.add_argument("--policy", default="fixed")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--examples", type=int, default=20000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
