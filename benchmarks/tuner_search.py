@@ -6,9 +6,10 @@
   fixed in a trial, the rate searched at a reference batch size and carried to
   the trial's size by the linear rule.
 
-Both have the same sizes, the same range of rates and the same seeds, and run by
-turns. The best setting of each is then trained anew, by plain `fit`, and looked
-at on the test set: the value of the best of many trials is partly luck.
+Both have the same sizes, the same range of rates and the same seeds, and take
+turns, trial by trial. The best setting of each is then trained anew with other
+seeds and looked at on the test set: the value of the best of many trials is
+partly luck.
 
     python benchmarks/tuner_search.py --trials 20 --seeds 0 1 2
 """
@@ -23,6 +24,7 @@ import keras
 import keras_tuner
 import workloads
 
+import keras_batchsize as kb
 from keras_batchsize import tuner as kbt
 
 SIZES = (16, 512)
@@ -91,34 +93,49 @@ class Wrapper(kbt.AdaptiveHyperModel):
         return self.space.setting(hp).initial, rate
 
 
-def search(options, hypermodel, data, seed, directory):
-    """Searches; returns seconds and the best trial."""
-    keras.utils.set_random_seed(seed)
-    train, validation = data
-    tuner = getattr(keras_tuner, options.tuner)(
+def make_tuner(options, hypermodel, seed, directory):
+    """Returns a tuner that has not begun."""
+    return getattr(keras_tuner, options.tuner)(
         hypermodel,
         objective="val_accuracy",
         max_trials=options.trials,
         seed=seed + 1,
         directory=directory,
         project_name=type(hypermodel).__name__,
-        overwrite=True,
     )
-    started = time.perf_counter()
-    tuner.search(
-        *train, validation_data=validation, epochs=options.epochs, verbose=0
-    )
-    seconds = time.perf_counter() - started
-    return seconds, tuner.oracle.get_best_trials(1)[0]
+
+
+def search(options, tuners, train, validation):
+    """Searches with both by turns; returns the seconds of each."""
+    seconds = [0.0] * len(tuners)
+    for trial in range(options.trials):
+        for index, tuner in enumerate(tuners):
+            tuner.oracle.max_trials = trial + 1
+            started = time.perf_counter()
+            tuner.search(
+                *train,
+                validation_data=validation,
+                epochs=options.epochs,
+                verbose=0,
+            )
+            seconds[index] += time.perf_counter() - started
+    return seconds
 
 
 def anew(options, setting, train, test):
-    """Returns the mean test accuracy of a setting, trained by plain `fit`."""
+    """Returns the mean test accuracy of a setting, trained anew."""
     size, rate = setting
     accuracies = []
     for seed in ANEW:
         model = make(options, train[0].shape[1], seed, rate)
-        model.fit(*train, batch_size=size, epochs=options.epochs, verbose=0)
+        kb.fit(
+            model,
+            *train,
+            batch_size=size,
+            policy="fixed",
+            epochs=options.epochs,
+            verbose=0,
+        )
         accuracies.append(model.evaluate(*test, verbose=0)[1])
     return statistics.mean(accuracies)
 
@@ -137,20 +154,19 @@ def measure(options):
     )
     rows = {Plain: [], Wrapper: []}
     for seed in options.seeds:
-        # By turns, so that neither always has the warm machine.
-        kinds = list(rows)[:: 1 if seed % 2 == 0 else -1]
-        for kind in kinds:
-            hypermodel = kind(options, x.shape[1])
-            with tempfile.TemporaryDirectory() as directory:
-                seconds, trial = search(
-                    options, hypermodel, (train, validation), seed, directory
-                )
-            size, rate = hypermodel.setting(trial.hyperparameters)
+        keras.utils.set_random_seed(seed)
+        models = [kind(options, x.shape[1]) for kind in rows]
+        with tempfile.TemporaryDirectory() as directory:
+            tuners = [make_tuner(options, m, seed, directory) for m in models]
+            seconds = search(options, tuners, train, validation)
+        for model, tuner, spent in zip(models, tuners, seconds):
+            best = tuner.oracle.get_best_trials(1)[0]
+            size, rate = model.setting(best.hyperparameters)
             accuracy = anew(options, (size, rate), train, test)
-            rows[kind].append((seconds, trial.score, accuracy))
+            rows[type(model)].append((spent, best.score, accuracy))
             print(
-                f"| {seed} | {kind.__name__.lower()} | {seconds:.1f} | "
-                f"{trial.score:.4f} | {size} | {rate:.4f} | {accuracy:.4f} |",
+                f"| {seed} | {type(model).__name__.lower()} | {spent:.1f} | "
+                f"{best.score:.4f} | {size} | {rate:.4f} | {accuracy:.4f} |",
                 flush=True,
             )
     summarise(rows)

@@ -8,7 +8,12 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
+
+# Errors of the memory probe, and of halving micro-batches. They are ordinary
+# errors of a configuration elsewhere; in a search they are a matter of a trial.
+_NOTHING_LEFT = ("No batch size fits", "One example must fit into memory")
 
 
 @contextlib.contextmanager
@@ -69,3 +74,17 @@ def examples_of_epoch(arguments):
     if arguments.get("validation_data") is not None:
         return examples
     return math.floor(examples * (1.0 - arguments.get("validation_split", 0)))
+
+
+def ran_out(error):
+    """Whether an exception comes of memory that ran out.
+
+    Args:
+        error: What a trial raised: the error of a device, or what was made of
+            it when nothing was left to try.
+    """
+    if str(error).startswith(_NOTHING_LEFT):
+        return True
+    while error is not None and not is_out_of_memory(error):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -8,6 +8,7 @@ import keras_tuner
 
 from keras_batchsize import _checks
 from keras_batchsize import requirements
+from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_penalty import Penalties
 from keras_batchsize._tuner_probe import CachedProbe
 from keras_batchsize._tuner_space import BatchSizeSpace
@@ -237,7 +238,7 @@ def _fatal_if_ours():
     except keras_tuner.errors.FatalError:
         raise
     except ValueError as error:
-        if _is_ours(error):
+        if _is_ours(error) and not ran_out(error):
             raise keras_tuner.errors.FatalValueError(str(error)) from error
         raise
     except TypeError as error:

@@ -12,9 +12,9 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_target import EXAMPLES
 from keras_batchsize._tuner_target import TIME
-from keras_batchsize.exhaustion import is_out_of_memory
 
 # The untrained model is evaluated on so many examples, or batches of a dataset.
 _EXAMPLES = 1024
@@ -93,7 +93,7 @@ def untrained_value(name, build, arguments):
             return None
         logs = model.evaluate(**few, verbose=0, return_dict=True)
     except Exception as error:
-        if is_out_of_memory(error):
+        if ran_out(error):
             return None
         raise
     value = logs.get(name.removeprefix("val_"), math.nan)

@@ -36,9 +36,6 @@ class CachedProbe:
             x: Training data.
             y: Targets.
             maximum: Largest size of interest, or None.
-
-        Raises:
-            MemoryError: If not a single example fits: a matter of this trial.
         """
         if self._probe is False:
             return None
@@ -50,14 +47,8 @@ class CachedProbe:
         key = shapes, model.dtype_policy.name
         if shapes and key in self._known:
             return self._known[key]
-        try:
-            found = self._find(model, x, y, maximum)
-        except ValueError as error:
-            if str(error).startswith("No batch size fits"):
-                raise MemoryError(str(error)) from error
-            raise
-        self._known[key] = found
-        return found
+        self._known[key] = self._find(model, x, y, maximum)
+        return self._known[key]
 
     def _find(self, model, x, y, maximum):
         if callable(self._probe):

@@ -8,6 +8,7 @@ from keras_batchsize import keras_private
 from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._tuner_fit import bound
 from keras_batchsize._tuner_fit import examples_of_epoch
+from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_fit import replaced_fit
 from keras_batchsize._tuner_penalty import untrained_value
 from keras_batchsize._tuner_space import rate_factor
@@ -16,7 +17,6 @@ from keras_batchsize._tuner_target import TIME
 from keras_batchsize._tuner_trial import KeepState
 from keras_batchsize._tuner_trial import TrialFiles
 from keras_batchsize.callbacks import BatchSizeTensorBoard
-from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
 
 
@@ -94,9 +94,9 @@ class TrialTraining:
                     self._hp, model, *args, **kwargs
                 )
         except Exception as error:
-            if self._hypermodel.on_oom == "fail" or not is_out_of_memory(error):
+            if self._hypermodel.on_oom == "fail" or not ran_out(error):
                 raise
-            results = self._penalised(model)
+            results = self._penalised()
             if results is None:
                 raise
         if isinstance(results, keras.callbacks.History):
@@ -214,20 +214,34 @@ class TrialTraining:
                 penalty = self._penalty(name)
                 logs[name] = logs[name] if penalty is None else penalty
 
-    def _penalised(self, model):
+    def _penalised(self):
         """Returns the metrics of a trial without memory; None for none."""
         names = self.files.objectives
         logs = {name: self._penalty(name) for name in names}
         if not logs or None in logs.values():
             return None
-        objective, checkpoint = self.files.objective, self.files.checkpoint
+        objective = self.files.objective
         logs[objective.name] = objective.get_value(logs)
-        if checkpoint is not None and model.built:
-            # Hyperband may resume the best of many bad trials: it needs
-            # weights to load.
-            checkpoint.set_model(model)
-            checkpoint.on_epoch_end(0, logs)
+        self._save_untrained(logs)
         return {**logs, "batch_size": float(self._base)}
+
+    def _save_untrained(self, logs):
+        """Leaves weights for Hyperband, which may resume the best of the bad.
+
+        Those of a new model: after XLA has run out of memory, reading the
+        old ones may end the process.
+        """
+        checkpoint = self.files.checkpoint
+        if checkpoint is None:
+            return
+        try:
+            model = self._hypermodel.build(self._hp.copy())
+            if model.built:
+                checkpoint.set_model(model)
+                checkpoint.on_epoch_end(0, logs)
+        except Exception as error:
+            if not ran_out(error):
+                raise
 
     def _complete(self, history):
         """Checks that the objective is there, and leaves out what is not."""
