@@ -20,8 +20,9 @@ from keras_batchsize._tuner_target import TIME
 _EXAMPLES = 1024
 _BATCHES = 16
 
-# Objectives that are best when largest, and 0 for who never ran.
-_ZERO_IS_WORST = ("examples_per_second", "noise_scale")
+# Metrics of our own that count or time something.
+_SECONDS = ("training_seconds", "tracing_seconds")
+_COUNTS = ("batch_size", "examples_per_second", "examples_seen", "noise_scale")
 
 
 class Penalties:
@@ -29,7 +30,8 @@ class Penalties:
 
     A time or a number of examples to the target counts as twice the budget; a
     metric of the model as that of an untrained one: as good as knowing
-    nothing.
+    nothing. A count that should be large is 0; one that should be small is
+    twice the examples of the training.
 
     Args:
         given: Number to use for all objectives. None for the above.
@@ -39,13 +41,14 @@ class Penalties:
         self._given = given
         self._untrained = {}
 
-    def of(self, name, direction, target, evaluate):
+    def of(self, name, direction, target, examples, evaluate):
         """Returns the penalty of one objective.
 
         Args:
             name: Name of the objective.
             direction: "min" or "max".
             target: The `TimeToTarget` of the trial, or None.
+            examples: Examples of the training, 0 if not known.
             evaluate: Function from the name to the value of an untrained
                 model, or None; called where nothing else helps.
 
@@ -54,12 +57,14 @@ class Penalties:
         """
         if self._given is not None:
             return self._given
-        if name == TIME and target is not None:
+        if direction == "max" and name in (*_SECONDS, *_COUNTS):
+            return 0.0
+        if name in (TIME, *_SECONDS) and target is not None:
             return 2.0 * target.budget
         if name == EXAMPLES and target is not None:
             return 2.0 * target.examples_limit or None
-        if name in _ZERO_IS_WORST and direction == "max":
-            return 0.0
+        if name in _COUNTS:
+            return 2.0 * examples or None
         if name not in self._untrained:
             self._untrained[name] = evaluate(name)
         return self._untrained[name]

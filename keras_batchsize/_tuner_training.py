@@ -196,10 +196,12 @@ class TrialTraining:
 
     def _penalty(self, name):
         hypermodel = self._hypermodel
+        examples = examples_of_epoch(self._arguments)
         return hypermodel.penalties.of(
             name,
             self.files.objectives[name],
             self._target,
+            examples * self._arguments.get("epochs", 1),
             lambda name: untrained_value(
                 name,
                 lambda: hypermodel.build(self._hp.copy()),

@@ -432,6 +432,23 @@ def run_out(inputs):
     raise MemoryError("more than there is")
 
 
+@pytest.mark.parametrize(
+    ("direction", "penalty"), [("max", 0.0), ("min", 4096.0)]
+)
+def test_a_noise_scale_that_is_not_measured_is_a_finite_objective(
+    direction, penalty, tmp_path
+):
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["fixed"])),
+        objective=("noise_scale", direction),
+        max_trials=1,
+    )
+    (trial,) = trials_of(tuner)
+    assert trial.status == "COMPLETED", trial.message
+    assert trial.score == penalty
+
+
 class TooLarge(keras.layers.Layer):
     """Cannot be trained on more than so many examples at once."""
 

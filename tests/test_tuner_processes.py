@@ -1,5 +1,6 @@
 """KerasTuner with TensorBoard, on several replicas, and on several workers."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -168,6 +169,23 @@ def finish(process, seconds=200):
         process.kill()
     assert process.returncode == 0, out + err
     return json.loads(out.splitlines()[-1])
+
+
+def test_example_searches_and_compares(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    tune = importlib.import_module("tune")
+    settings = {"digits": (0.5, 30.0, 2, (32, 64))}
+    monkeypatch.setattr(tune, "SETTINGS", settings)
+    monkeypatch.setattr(tune, "SEEDS", 1)
+    monkeypatch.setattr(sys, "argv", ["tune.py", "--directory", str(tmp_path)])
+
+    tune.main()
+
+    printed = capsys.readouterr().out
+    assert "batch_size/initial" in printed
+    assert "time_to_target" in printed
+    assert printed.count(" times\n") == 3
 
 
 MIRRORED = """
