@@ -99,7 +99,9 @@ def make_tuner(options, hypermodel, seed, directory):
         hypermodel,
         objective="val_accuracy",
         max_trials=options.trials,
-        seed=seed + 1,
+        # Oracles count their seed up with each draw: the sequences of
+        # neighbouring seeds are the same but for a shift.
+        seed=1000 * (seed + 1),
         directory=directory,
         project_name=type(hypermodel).__name__,
     )
