@@ -26,7 +26,7 @@ _SHORT_SECONDS = 0.05
 _PRIME = 61
 # Timed calls at one size, after the first.
 CALLS = 3
-_PATIENCE_SECONDS = 6.0
+_LONG_SECONDS = 0.3
 
 
 class Workload:
@@ -41,10 +41,12 @@ class Workload:
     Attributes:
         largest_tensor: Bytes per example of the largest tensor of the forward
             pass; 0 if that cannot be told.
+        growth: Bytes by which an example can raise the peak at most, None if
+            that cannot be told.
     """
 
     def __init__(self, model, examples, meter, accumulates):
-        self.largest_tensor = 0.0
+        self.largest_tensor, self.growth = 0.0, None
         self._accumulates = accumulates
         self._model = model
         self._examples = examples
@@ -77,7 +79,10 @@ class Workload:
             splits = False
             self._graphs = UpdateGraphs(model, 1, False)
         self._graphs.build(self._examples.one)
-        self.largest_tensor = largest_tensor_bytes(model, self._examples)
+        if not model.run_eagerly:
+            self.largest_tensor, self.growth = forward_bytes(
+                model, self._examples
+            )
         if not model.optimizer.built:
             # An eager step makes them when it runs.
             with keras.name_scope(
@@ -137,15 +142,14 @@ class Workload:
             Exception: Whatever the step raises, also out-of-memory errors.
         """
         meter = self._meter
-        meter.reset(self.resident_bytes)
-        data = self._examples.batch(BATCHES_HELD * size)
+        data = self._start(BATCHES_HELD * size)
         first = self._timed(self._plain, data, size, 1)
         if not meter.counts_first_call:
             meter.reset(self.resident_bytes)
             # What lies in memory already does not show in the rise.
             data = self._examples.batch(BATCHES_HELD * size)
-        seconds, began = [], time.perf_counter()
-        for _ in range(CALLS):
+        seconds = []
+        for _ in range(CALLS if first < _LONG_SECONDS else CALLS - 1):
             shortest = min(seconds, default=first)
             updates = BATCHES_HELD if shortest < _SHORT_SECONDS else 1
             if self.compiles:
@@ -153,8 +157,6 @@ class Workload:
             seconds.append(
                 self._timed(self._plain, data, size, updates) / updates
             )
-            if time.perf_counter() - began > _PATIENCE_SECONDS:
-                break
         return meter.peak(), min(seconds)
 
     def _timed(self, function, *args):
@@ -183,11 +185,36 @@ class Workload:
         _wait_for(logs)
         del held
 
-    def also(self, size, tail=0):
-        """Runs what training does besides plain updates.
+    @property
+    def accumulates(self):
+        """Whether gradients may be summed over micro-batches."""
+        return self._accumulates
 
-        Trains on the ragged last batch of an epoch, accumulates gradients
-        over two micro-batches if training may do so, and validates.
+    def accumulate(self, size):
+        """Makes an update of two micro-batches.
+
+        Args:
+            size: Integer, examples per micro-batch.
+
+        Returns:
+            The peak in bytes, or None.
+        """
+        data = self._start(2 * size)
+        held = self._held()
+        logs, *_ = self._graphs.accumulate(
+            self._graphs.zeros(),
+            data,
+            2 * size,
+            (2 * size, size),
+            True,
+            self._rate(),
+        )
+        _wait_for(logs)
+        del held
+        return self._meter.peak()
+
+    def finish_epoch(self, size, tail):
+        """Trains on the ragged last batch of an epoch, and validates.
 
         Args:
             size: Integer, examples per update.
@@ -196,27 +223,17 @@ class Workload:
         Returns:
             The peak in bytes, or None.
         """
-        meter = self._meter
-        meter.reset(self.resident_bytes)
-        data = self._examples.batch(BATCHES_HELD * size)
-        held = self._held()
+        data = self._start(BATCHES_HELD * size)
         if tail:
-            _wait_for(self._graphs.plain(data, 0, tail, size, self._rate())[0])
-        if self._accumulates:
-            held = self._held()
-            logs, *_ = self._graphs.accumulate(
-                self._graphs.zeros(),
-                data,
-                2 * size,
-                (2 * size, size),
-                True,
-                self._rate(),
-            )
-            _wait_for(logs)
+            self._plain(data, tail, 1)
         held = self._held()
         _wait_for(self._validate(slicing.examples(data, 0, size)))
         del held
-        return meter.peak()
+        return self._meter.peak()
+
+    def _start(self, examples):
+        self._meter.reset(self.resident_bytes)
+        return self._examples.batch(examples)
 
 
 def _wait_for(logs):
@@ -246,28 +263,40 @@ def build_layers(model, example):
     tf.function(call, autograph=False).get_concrete_function(spec)
 
 
-def largest_tensor_bytes(model, examples):
-    """Returns the bytes per example of a model's largest tensor.
+# Where these hide what they compute, nothing can be added up.
+_HIDING = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "XlaLaunch"}
 
-    Once freed it may leave a hole that nothing else fits into: what an
-    allocator of one region loses to fragmentation is about that much.
+
+def forward_bytes(model, examples):
+    """Returns what the tensors of a forward pass take per example.
+
+    The largest one may, once freed, leave a hole that nothing else fits into:
+    what an allocator of one region loses to fragmentation is about that much.
+    All of them together, with the largest twice more for the way back and the
+    batches that wait, are more than an example can add to the peak.
 
     Args:
         model: A built Keras model.
         examples: `Examples` to take shapes from.
 
     Returns:
-        Float; 0.0 for a model that runs eagerly.
+        Pair of floats, bytes of the largest and of all; the latter is None
+        for models with loops or conditions.
     """
-    if model.run_eagerly:
-        return 0.0
     x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.batch(_PRIME))
     call = functools.partial(model, training=True)
     concrete = tf.function(call, autograph=False).get_concrete_function(x)
+    operations = concrete.graph.get_operations()
     sizes = [
         output.shape.num_elements() * output.dtype.size
-        for operation in concrete.graph.get_operations()
+        for operation in operations
         for output in operation.outputs
         if (output.shape.num_elements() or 1) % _PRIME == 0
     ]
-    return max(sizes, default=0) / _PRIME
+    largest, total = max(sizes, default=0) / _PRIME, sum(sizes) / _PRIME
+    hides = any(
+        one.type in _HIDING or "PartitionedCall" in one.type
+        for one in operations
+    )
+    waiting = (BATCHES_HELD + 1) * examples.bytes_each
+    return largest, None if hides else total + 2.0 * largest + waiting

@@ -11,6 +11,7 @@ Separation of concerns:
 - `batch_profile.py`: the result.
 """
 
+import dataclasses
 import gc
 import math
 import time
@@ -160,10 +161,11 @@ class _Probe:
             # Half-way between the margin and the limit.
             data = examples.data_bytes if meter.holds_data else 0
             self._hard = (self._usable + self._limit - data) / 2.0
-        self._bounds = self._make_bounds()
+        replicas = model.distribute_strategy.num_replicas_in_sync
         # What fragmentation may take, in bytes per example.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
-        self._hole /= self._bounds.multiple_of
+        self._hole /= replicas
+        self._bounds = self._make_bounds(replicas)
 
     def _budget(self):
         """Returns the limit, what of it may be used, and what it is."""
@@ -181,8 +183,11 @@ class _Probe:
         data = self._examples.data_bytes if meter.holds_data else 0
         return own, usable - data, reason
 
-    def _make_bounds(self):
-        replicas = self._model.distribute_strategy.num_replicas_in_sync
+    def _growth(self, replicas):
+        growth = self._workload.growth
+        return None if growth is None else (growth + self._hole) / replicas
+
+    def _make_bounds(self, replicas):
         cap, reason = self._limits.maximum, "maximum"
         if self._examples.count < cap:
             cap, reason = self._examples.count, "dataset"
@@ -196,6 +201,7 @@ class _Probe:
             hard_bytes=self._hard,
             multiple_of=replicas,
             memory_reason=self._reason,
+            growth_bytes=self._growth(replicas),
         )
 
     def run(self):
@@ -205,14 +211,15 @@ class _Probe:
             size, reason = size_search.next_size(
                 self._trials, self._bounds, self._seconds_left()
             )
-            if size is None:
-                break
-            self._predict(size)
-            self._trials.append(self._try(size))
-        best = size_search.largest_that_fits(self._trials, self._usable)
-        if best is None:
-            self._raise_nothing_fits()
-        return self._profile(best, reason)
+            if size is not None:
+                self._predict(size)
+                self._trials.append(self._try(size))
+                continue
+            best = size_search.largest_that_fits(self._trials, self._usable)
+            if best is None:
+                self._raise_nothing_fits()
+            if self._finishes_epoch(best):
+                return self._profile(best, reason)
 
     def _check_room(self):
         if self._usable is not None and self._resident >= self._usable:
@@ -258,13 +265,31 @@ class _Probe:
     def _try(self, size):
         """Runs one size; an out-of-memory error is an answer, too."""
         began = time.perf_counter()
-        workload, peak, seconds, failed = self._workload, None, None, False
-        constant = self._resident
+        workload, constant = self._workload, self._resident
+
+        def run():
+            peak, seconds = workload.train(size)
+            both = peak
+            if workload.accumulates and not workload.compiles:
+                both = _most(peak, workload.accumulate(size))
+            return peak, both, seconds
+
+        ran = self._or_none(run)
+        elapsed = time.perf_counter() - began
+        if ran is None:
+            return Trial(size, failed=True, trial_seconds=elapsed)
+        plain, peak, seconds = ran
+        if peak is not None:
+            # What accumulating adds are sums, whatever the size.
+            constant += peak - plain
+            peak += self._hole * size
+        return Trial(size, peak, seconds, False, elapsed, constant)
+
+    def _or_none(self, run):
+        """Calls a function and puts values back; None if it ran out."""
+        result, failed = None, False
         try:
-            plain, seconds = workload.train(size)
-            peak = self._with_the_rest(size, plain)
-            if peak is not None:
-                constant += peak - plain
+            result = run()
         except Exception as error:
             if not exhaustion.is_out_of_memory(error):
                 raise
@@ -272,18 +297,36 @@ class _Probe:
         if failed:
             # Only now has the error let go of the tensors of its step.
             gc.collect()
-        workload.restore_values()
-        elapsed = time.perf_counter() - began
-        if peak is not None:
-            peak += self._hole * size
-        return Trial(size, peak, seconds, failed, elapsed, constant)
+        self._workload.restore_values()
+        return None if failed else result
 
-    def _with_the_rest(self, size, peak):
-        tail = 0
+    def _finishes_epoch(self, best):
+        """Whether all else that happens at a size fits, too.
+
+        If not, its trial is replaced and the search goes on.
+        """
+        size, workload, tail = best.batch_size, self._workload, 0
         if math.isfinite(self._examples.count):
             tail = int(self._examples.count) % size
-        rest = self._workload.also(size, tail)
-        return peak if rest is None else max(peak, rest)
+
+        def run():
+            peak = workload.finish_epoch(size, tail)
+            if workload.accumulates and workload.compiles:
+                peak = _most(peak, workload.accumulate(size))
+            return (peak,)
+
+        ran = self._or_none(run)
+        if ran is None:
+            worse = dataclasses.replace(best, failed=True, step_seconds=None)
+        else:
+            peak = ran[0]
+            if peak is not None:
+                peak += self._hole * size
+            worse = dataclasses.replace(
+                best, peak_bytes=_most(best.peak_bytes, peak)
+            )
+        self._trials[self._trials.index(best)] = worse
+        return size_search.fits(worse, self._usable)
 
     def _profile(self, best, reason):
         trials = sorted(self._trials, key=lambda trial: trial.batch_size)
@@ -320,6 +363,12 @@ class _Probe:
             fits=fits,
             note=note,
         )
+
+
+def _most(one, other):
+    """The larger of two peaks, either of which may not be known."""
+    known = [peak for peak in (one, other) if peak is not None]
+    return max(known, default=None)
 
 
 def dtype_policies_of(model):

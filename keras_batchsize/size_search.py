@@ -13,9 +13,11 @@ policies, with and without XLA) by 15 % at most. So the next size is
 
     size · (usable - constant)/(peak - constant)
 
-which cannot overshoot. Peaks that lie on a straight line already say more: then
-the line leads, and that rule only has to keep below what is there at all.
-Between a size that fits and one that does not, the straight line decides.
+or as many more examples as surely fit by what all tensors of a forward pass
+take together. Neither can overshoot. Peaks that lie on a straight line already
+say more: then the line leads, and those rules only have to keep below what is
+there at all. Between a size that fits and one that does not, the straight line
+decides.
 
 No size is returned that was not run, and whose own peak did not stay below.
 """
@@ -23,6 +25,8 @@ No size is returned that was not run, and whose own peak did not stay below.
 import dataclasses
 import math
 
+# Updates that a trial makes, for what it will take.
+_UPDATES_PER_TRIAL = 5
 # Trials in all. More would only refine the last few percent.
 MOST_TRIALS = 7
 # No jump is larger: the memory of one example says little about a thousand's.
@@ -76,6 +80,8 @@ class Bounds:
         usable_bytes: Largest peak allowed; None if not known.
         hard_bytes: Peak that must not even be risked, the whole of what there
             is. None for `usable_bytes`.
+        growth_bytes: Bytes by which an example can raise the peak at most;
+            None if not known.
         multiple_of: Every size is a multiple of it: the number of replicas.
         memory_reason: What the result says if `usable_bytes` is reached.
     """
@@ -85,6 +91,7 @@ class Bounds:
     cap_reason: str = "maximum"
     usable_bytes: float | None = None
     hard_bytes: float | None = None
+    growth_bytes: float | None = None
     multiple_of: int = 1
     memory_reason: str = MEMORY
 
@@ -190,20 +197,30 @@ def _extrapolated(trials, best, bounds):
     if usable is None or peak is None:
         return best.batch_size * _BLIND_JUMP
     size, most = best.batch_size, best.batch_size * _LARGEST_JUMP
-    constant = best.constant_bytes
-    if peak <= constant:
+    if peak <= best.constant_bytes:
         return most
     goal = _goal(best, usable)
-    sure = size * (goal - constant) / (peak - constant)
+    sure = _cannot_exceed(goal, best, bounds)
     slope = _slope_below(trials, best)
     if slope is None:
+        # Time is not known either: the first step costs what it costs.
         return min(sure, most)
     hard = usable if bounds.hard_bytes is None else bounds.hard_bytes
-    safe = size * (hard - constant) / (peak - constant)
-    straight = most
+    safe = _cannot_exceed(hard, best, bounds)
+    straight = math.inf
     if slope > 0.0:
         straight = size + (goal - peak) / slope
-    return min(max(sure, min(straight, safe)), most)
+    return max(sure, min(straight, safe, most))
+
+
+def _cannot_exceed(goal, best, bounds):
+    """The largest size whose peak cannot be above `goal`."""
+    constant, peak = best.constant_bytes, best.peak_bytes
+    size = best.batch_size * (goal - constant) / (peak - constant)
+    if bounds.growth_bytes:
+        added = (goal - peak) / bounds.growth_bytes
+        size = max(size, best.batch_size + added)
+    return size
 
 
 def _goal(trial, usable_bytes):
@@ -247,8 +264,12 @@ def _rounded(size, bounds):
 
 def _in_time(size, best, bounds, seconds_left):
     """Shrinks a size to what the time left can pay for."""
-    # Time per example falls with the size, so this is the upper end.
-    expected = best.trial_seconds * size / best.batch_size
+    # Time per example falls with the size, so this is the upper end. Tracing
+    # and compiling come again, at most.
+    step = (best.step_seconds or 0.0) * _UPDATES_PER_TRIAL
+    again = max(best.trial_seconds - step, 0.0)
+    expected = step * size / best.batch_size
+    seconds_left = seconds_left - again
     if expected <= seconds_left:
         return size, None
     shrunk = _rounded(size * max(seconds_left, 0.0) / expected, bounds)

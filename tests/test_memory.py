@@ -246,7 +246,7 @@ def test_model_is_as_before_after_an_error(error, monkeypatch):
         raise error
 
     workload = memory.Workload
-    monkeypatch.setattr(workload, "also", fails)
+    monkeypatch.setattr(workload, "finish_epoch", fails)
     with pytest.raises(error):
         kb.find_max_batch_size(model, *images(), maximum=20)
     after = comparing.variables_of(model)
