@@ -30,7 +30,9 @@ if typing.TYPE_CHECKING:
     from keras_batchsize.callbacks import DynamicBatchSize
     from keras_batchsize.callbacks import ExamplesProgbarLogger
     from keras_batchsize.callbacks import LearningRateScaling
+    from keras_batchsize.callbacks import MemoryProbe
     from keras_batchsize.callbacks import TimeToTarget
+    from keras_batchsize.memory import compare_dtype_policies
     from keras_batchsize.memory import find_max_batch_size
     from keras_batchsize.plan import BatchPlan
     from keras_batchsize.report import Report
@@ -45,9 +47,11 @@ __all__ = [
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
+    "MemoryProbe",
     "Report",
     "TimeToTarget",
     "__version__",
+    "compare_dtype_policies",
     "find_max_batch_size",
     "fit",
     "noise",
@@ -68,8 +72,10 @@ _HOMES = {
     "DynamicBatchSize": "callbacks",
     "ExamplesProgbarLogger": "callbacks",
     "LearningRateScaling": "callbacks",
+    "MemoryProbe": "callbacks",
     "Report": "report",
     "TimeToTarget": "callbacks",
+    "compare_dtype_policies": "memory",
     "find_max_batch_size": "memory",
     "fit": "_trainer_fit",
 }

@@ -131,6 +131,8 @@ def read_examples(model, x, y=None, sample_weight=None):
         superbatch_size=_POOL,
         shuffle=False,
     )
+    # The replicas get their shares when a batch is made.
+    superbatches.strategy = None
     first = next(iter(superbatches.get_tf_dataset().take(1)), None)
     if first is None:
         raise ValueError(
@@ -139,8 +141,9 @@ def read_examples(model, x, y=None, sample_weight=None):
             "the data that you train on."
         )
     count = superbatches.examples_per_epoch
+    first = slicing.without_optionals(first)
     examples = Examples(
-        slicing.without_optionals(first),
+        superbatches.examples(first, 0, slicing.number_of_examples(first)),
         math.inf if count is None else count,
     )
     if not is_dataset and superbatches.num_batches is not None:
@@ -148,14 +151,22 @@ def read_examples(model, x, y=None, sample_weight=None):
     return examples
 
 
-def _check_readable_twice(x):
+def can_be_read_twice(x):
+    """Whether reading data leaves them as they are.
+
+    Args:
+        x: As in `Model.fit`.
+    """
     if isinstance(x, (keras.utils.PyDataset, tf.data.Dataset)):
-        return
+        return True
     try:
-        once = iter(x) is x
+        return iter(x) is not x
     except TypeError:
-        return  # Not iterable: whoever reads it knows more about it.
-    if once:
+        return True  # Not iterable: whoever reads it knows more about it.
+
+
+def _check_readable_twice(x):
+    if not can_be_read_twice(x):
         raise ValueError(
             "`x` must be data that can be read more than once: what a probe "
             "reads would be missing in the training that follows. Received: "

@@ -5,6 +5,7 @@ and accumulates gradients; the model's own `test_step` validates.
 """
 
 import functools
+import math
 import time
 
 import keras
@@ -14,9 +15,10 @@ from keras_batchsize import exactness
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
+from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_snapshot import Snapshot
-from keras_batchsize.update_graphs import UpdateGraphs
+from keras_batchsize.train_function import team_of
 
 # Batches that wait while one is in use: those that `fit` reads ahead. So many
 # updates a call makes, too, while they are short.
@@ -48,6 +50,8 @@ class Workload:
     def __init__(self, model, examples, meter, accumulates):
         self.largest_tensor, self.growth = 0.0, None
         self._accumulates = accumulates
+        self._replicated = False
+        self._replicas = model.distribute_strategy.num_replicas_in_sync
         self._model = model
         self._examples = examples
         self._meter = meter
@@ -70,18 +74,15 @@ class Workload:
         self._snapshot.restore()
 
     def _trace(self):
-        model, splits = self._model, True
-        try:
-            exactness.check_step(model)
-            self._graphs = UpdateGraphs(model, 1, True)
-        except ValueError:
-            # Its gradients are never accumulated, then.
-            splits = False
-            self._graphs = UpdateGraphs(model, 1, False)
+        model, team = self._model, team_of(self._model, slicing.examples)
+        self._replicated = team.replicated
+        if self._accumulates:
+            self._accumulates = self._has_known_step()
+        self._graphs = team.make_graphs(model, 1, self._accumulates)
         self._graphs.build(self._examples.one)
         if not model.run_eagerly:
             self.largest_tensor, self.growth = forward_bytes(
-                model, self._examples
+                model, self._examples, training=not self._replicated
             )
         if not model.optimizer.built:
             # An eager step makes them when it runs.
@@ -90,10 +91,18 @@ class Workload:
             ):
                 model.optimizer.build(model.trainable_variables)
         self._snapshot.add_variables()
-        self._accumulates = (
-            self._accumulates and splits and self._can_be_split()
-        )
+        if self._accumulates and not self._replicated:
+            self._accumulates = self._can_be_split()
         self._validate = self._validation_step()
+
+    def _has_known_step(self):
+        try:
+            exactness.check_step(self._model)
+            exactness.normaliser(self._model)
+        except ValueError:
+            # Its gradients are never accumulated, then.
+            return False
+        return True
 
     def _can_be_split(self):
         try:
@@ -104,14 +113,21 @@ class Workload:
             return False
         return True
 
+    def _validate_everywhere(self, data):
+        model, strategy = self._model, self._model.distribute_strategy
+        results = strategy.run(model.test_step, (data,))
+        return replicas.local_values(strategy, results)
+
     def _validation_step(self):
-        model = self._model
+        model, step = self._model, self._model.test_step
+        if self._replicated:
+            step = self._validate_everywhere
         if model.run_eagerly:
-            return model.test_step
+            return step
         return tf.function(
-            model.test_step,
-            jit_compile=model.jit_compile,
-            reduce_retracing=not model.jit_compile,
+            step,
+            jit_compile=self.compiles,
+            reduce_retracing=not self.compiles,
             autograph=False,
         )
 
@@ -147,7 +163,7 @@ class Workload:
         if not meter.counts_first_call:
             meter.reset(self.resident_bytes)
             # What lies in memory already does not show in the rise.
-            data = self._examples.batch(BATCHES_HELD * size)
+            data = self._batch(BATCHES_HELD * size)
         seconds = []
         for _ in range(CALLS if first < _LONG_SECONDS else CALLS - 1):
             shortest = min(seconds, default=first)
@@ -179,11 +195,22 @@ class Workload:
 
     def _plain(self, data, size, updates):
         held = self._held()
-        logs, _ = self._graphs.plain(
-            data, 0, updates * size, size, self._rate()
-        )
+        if self._replicated:
+            logs = self._summed(data, updates * size, size, size)
+        else:
+            logs, _ = self._graphs.plain(
+                data, 0, updates * size, size, self._rate()
+            )
         _wait_for(logs)
         del held
+
+    def _summed(self, data, stop, size, micro):
+        """Makes updates of `size` from parts of `micro`, over all replicas."""
+        share = math.ceil(micro / self._replicas)
+        logs, *_ = self._graphs.accumulate(
+            self._graphs.zeros(), data, stop, (size, share), True, self._rate()
+        )
+        return logs
 
     @property
     def accumulates(self):
@@ -201,15 +228,7 @@ class Workload:
         """
         data = self._start(2 * size)
         held = self._held()
-        logs, *_ = self._graphs.accumulate(
-            self._graphs.zeros(),
-            data,
-            2 * size,
-            (2 * size, size),
-            True,
-            self._rate(),
-        )
-        _wait_for(logs)
+        _wait_for(self._summed(data, 2 * size, 2 * size, size))
         del held
         return self._meter.peak()
 
@@ -227,13 +246,23 @@ class Workload:
         if tail:
             self._plain(data, tail, 1)
         held = self._held()
-        _wait_for(self._validate(slicing.examples(data, 0, size)))
+        _wait_for(self._validate(self._batch(size)))
         del held
         return self._meter.peak()
 
     def _start(self, examples):
         self._meter.reset(self.resident_bytes)
-        return self._examples.batch(examples)
+        return self._batch(examples)
+
+    def _batch(self, examples):
+        """Returns a batch, dealt out to the replicas if there are several."""
+        batch = self._examples.batch(examples)
+        if not self._replicated:
+            return batch
+        dataset = tf.data.Dataset.from_tensors(batch)
+        return next(
+            iter(replicas.dealt_out(dataset, self._model.distribute_strategy))
+        )
 
 
 def _wait_for(logs):
@@ -267,7 +296,7 @@ def build_layers(model, example):
 _HIDING = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "XlaLaunch"}
 
 
-def forward_bytes(model, examples):
+def forward_bytes(model, examples, training=True):
     """Returns what the tensors of a forward pass take per example.
 
     The largest one may, once freed, leave a hole that nothing else fits into:
@@ -278,13 +307,14 @@ def forward_bytes(model, examples):
     Args:
         model: A built Keras model.
         examples: `Examples` to take shapes from.
+        training: Whether to look at training rather than inference.
 
     Returns:
         Pair of floats, bytes of the largest and of all; the latter is None
         for models with loops or conditions.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.batch(_PRIME))
-    call = functools.partial(model, training=True)
+    call = functools.partial(model, training=training)
     concrete = tf.function(call, autograph=False).get_concrete_function(x)
     operations = concrete.graph.get_operations()
     sizes = [

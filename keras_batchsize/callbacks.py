@@ -18,6 +18,7 @@ from keras_batchsize import slicing
 from keras_batchsize._callbacks_backup import BackupAndRestore
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._callbacks_learning_rate import LearningRateScaling
+from keras_batchsize._callbacks_memory import MemoryProbe
 from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
 from keras_batchsize._callbacks_tensorboard import BatchSizeTensorBoard
 from keras_batchsize._callbacks_time_to_target import TimeToTarget
@@ -35,6 +36,7 @@ __all__ = [
     "DynamicBatchSize",
     "ExamplesProgbarLogger",
     "LearningRateScaling",
+    "MemoryProbe",
     "TimeToTarget",
 ]
 

@@ -52,6 +52,7 @@ class AdaptiveTrainFunction:
         rate_batch_size: Batch size the base rate was meant for, None for B₀.
         on_superbatch: `Listeners` called with the `Row` of each superbatch.
         on_decision: `Listeners` called with each `Change` of the size.
+        on_first_superbatch: Function called with it and the controller.
         on_epoch_end: Function called with the epoch and its logs, once or
             more often, when the epoch has ended.
         identity: Name of the training, kept when it is resumed, or None.
@@ -71,6 +72,7 @@ class AdaptiveTrainFunction:
         self.corrects_momentum = True
         self.on_superbatch = Listeners()
         self.on_decision = Listeners()
+        self.on_first_superbatch = lambda data, controller: None
         self.on_epoch_end = lambda epoch, logs: None
         self._steps = steps
         self._epochs = epochs
@@ -130,8 +132,6 @@ class AdaptiveTrainFunction:
         self._step = 0
         if self.controller is not None:
             self.controller.start_epoch(epoch)
-
-    # Called by Keras.
 
     def __call__(self, iterator):
         """Trains on the next superbatch.
@@ -234,6 +234,7 @@ class AdaptiveTrainFunction:
         if self._graphs is not None:
             return
         self._start_controller(total)
+        self.on_first_superbatch(self._team.sample(data), self.controller)
         self._graphs = checked_graphs(
             self._team, self._model, self.controller, data
         )

@@ -7,6 +7,7 @@ import keras
 from keras_batchsize import distributed
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
+from keras_batchsize import memory
 from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
@@ -64,7 +65,8 @@ class AdaptiveTrainer:
             (linear for SGD, sqrt for adaptive optimizers), or a function
             `factor(ratio, noise_scale) -> float` of B/B₀ and φ/B₀.
         min_batch_size: Smallest size, in examples. None for the base size.
-        max_batch_size: Largest size, in examples. None for a sixteenth of the
+        max_batch_size: Largest size, in examples. None for the largest that
+            the memory probe finds on an accelerator, else a sixteenth of the
             examples in an epoch. Above the superbatch gradients are
             accumulated.
         superbatch_size: Examples per Keras step, the base batch size times a
@@ -115,6 +117,27 @@ class AdaptiveTrainer:
         self._controller = None
         self._report = None
         self._state = None
+        self._profile = None
+
+    def probe(self, x, y=None, sample_weight=None, **limits):
+        """Finds out which batch sizes fit memory, and how fast they are.
+
+        The next `fit` holds no more examples at once than were found to fit,
+        and its policy starts from the step times measured here.
+
+        Args:
+            x: As in `Model.fit`; of any kind that can be read more than once.
+            y: As in `Model.fit`.
+            sample_weight: As in `Model.fit`.
+            **limits: As in `kb.find_max_batch_size`.
+
+        Returns:
+            A `BatchProfile`.
+        """
+        self._profile = memory.find_max_batch_size(
+            self.model, x, y, sample_weight, accumulates=True, **limits
+        )
+        return self._profile
 
     def fit(
         self,
@@ -160,6 +183,13 @@ class AdaptiveTrainer:
             The Keras `History`, with `batch_size`, `noise_scale` and
             `examples_per_second` added for each epoch.
         """
+        if (
+            self.max_batch_size is None
+            and self._profile is None
+            and memory.on_accelerator()
+            and memory.can_be_read_twice(x)
+        ):
+            self.probe(x, y, sample_weight)
         superbatches, validation_data = self._superbatches(
             (x, y, sample_weight),
             validation_data,
@@ -265,6 +295,8 @@ class AdaptiveTrainer:
             state = last.get_state()
         if state is not None:
             controller.set_state(state)
+        if self._profile is not None:
+            controller.expect(self._profile)
         self._controller, self._state = controller, None
         return controller
 
@@ -282,6 +314,8 @@ class AdaptiveTrainer:
             limit = base * _LARGEST_OF_UNKNOWN
             if examples is not None:
                 limit = examples / _LARGEST_PART
+            if self._profile is not None and memory.on_accelerator():
+                limit = self._profile.max_batch_size
             maximum = largest_on_ladder(base, limit)
         return Ladder(
             base,

@@ -455,6 +455,10 @@ PUBLIC_CALLBACKS = {
         kb.BatchSizeTensorBoard(path / "logs"),
         kb.DynamicBatchSize(growing(), BASE),
     ],
+    "MemoryProbe": lambda path: [
+        kb.MemoryProbe(),
+        kb.DynamicBatchSize(growing(), BASE),
+    ],
     "ExamplesProgbarLogger": lambda path: kb.ExamplesProgbarLogger(),
     "TimeToTarget": lambda path: kb.TimeToTarget("loss", 0.0, 100.0),
 }

@@ -1,0 +1,271 @@
+"""The course of a probe: which trials are made, and what they say."""
+
+import dataclasses
+import gc
+import math
+import time
+
+from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
+from keras_batchsize import size_search
+from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
+from keras_batchsize.size_search import Bounds
+from keras_batchsize.size_search import Trial
+
+OUT_OF_MEMORY = "out of memory"
+
+
+class Course:
+    """The course of one probe.
+
+    Args:
+        workload: A `Workload`, entered.
+        examples: Its `Examples`.
+        limits: The `Limits`.
+        meter: The `Meter`.
+        model: The Keras model.
+    """
+
+    def __init__(self, workload, examples, limits, meter, model):
+        self._workload = workload
+        self._examples = examples
+        self._meter = meter
+        self._model = model
+        self._limits = limits
+        self._started = time.perf_counter()
+        self._trials = []
+        self._predicted = {}
+        self._notes = []
+        # Others may hold memory on the device, too.
+        self._resident = max(
+            float(workload.resident_bytes), float(meter.current() or 0)
+        )
+        self._limit, self._usable, self._reason = self._budget()
+        self._hard = self._usable
+        if self._usable is not None:
+            # Half-way between the margin and the limit.
+            data = examples.data_bytes if meter.holds_data else 0
+            self._hard = (self._usable + self._limit - data) / 2.0
+        replicas = model.distribute_strategy.num_replicas_in_sync
+        # What fragmentation may take, in bytes per example.
+        self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
+        self._hole /= replicas
+        self._bounds = self._make_bounds(replicas)
+
+    def _budget(self):
+        """Returns the limit, what of it may be used, and what it is."""
+        meter, given = self._meter, self._limits.memory_limit
+        meter.reset(self._resident)
+        if meter.peak() is None:
+            return given, None, size_search.MEMORY
+        own, reason = meter.limit()
+        if given is not None and (own is None or given <= own):
+            own, reason = given, size_search.MEMORY
+        if own is None:
+            return None, None, size_search.MEMORY
+        usable = own * (1.0 - self._limits.safety_margin)
+        usable *= 1.0 - meter.reserve
+        data = self._examples.data_bytes if meter.holds_data else 0
+        return own, usable - data, reason
+
+    def _growth(self, replicas):
+        growth = self._workload.growth
+        return None if growth is None else (growth + self._hole) / replicas
+
+    def _make_bounds(self, replicas):
+        cap, reason = self._limits.maximum, "maximum"
+        if self._examples.count < cap:
+            cap, reason = self._examples.count, "dataset"
+        cap = max(cap // replicas * replicas, replicas)
+        start = math.ceil(self._limits.start / replicas) * replicas
+        return Bounds(
+            start=start,
+            cap=cap,
+            cap_reason=reason,
+            usable_bytes=self._usable,
+            hard_bytes=self._hard,
+            multiple_of=replicas,
+            memory_reason=self._reason,
+            growth_bytes=self._growth(replicas),
+        )
+
+    def run(self):
+        """Tries sizes until one of the bounds is reached."""
+        self._check_room()
+        while True:
+            size, reason = size_search.next_size(
+                self._trials, self._bounds, self._seconds_left()
+            )
+            if size is not None:
+                self._predict(size)
+                self._trials.append(self._try(size))
+                continue
+            best = size_search.largest_that_fits(self._trials, self._usable)
+            if best is None:
+                self._raise_nothing_fits()
+            if self._finishes_epoch(best):
+                return self._profile(best, reason)
+
+    def _check_room(self):
+        if self._usable is not None and self._resident >= self._usable:
+            self._raise_does_not_fit(
+                "weights, optimizer slots and metrics alone take "
+                f"{megabytes(self._resident)} MB"
+            )
+
+    def _raise_nothing_fits(self):
+        least = min(self._trials, key=lambda trial: trial.batch_size)
+        peak = "ran out of memory"
+        if not least.failed:
+            peak = f"took {megabytes(least.peak_bytes)} MB"
+        self._raise_does_not_fit(f"a batch of {least.batch_size} {peak}")
+
+    def _raise_does_not_fit(self, what):
+        given = self._limits.memory_limit
+        raise ValueError(
+            f"No batch size fits: {what}, of {megabytes(self._limit)} MB "
+            f"{megabytes(self._usable)} MB may be used. Received: "
+            f"memory_limit={given}, "
+            f"safety_margin={self._limits.safety_margin}. Use a smaller "
+            "model, an optimizer with fewer slots, shorter examples, a "
+            "mixed dtype policy, or raise `memory_limit`."
+        )
+
+    def _seconds_left(self):
+        spent = time.perf_counter() - self._started
+        return self._limits.time_budget - spent
+
+    def _predict(self, size):
+        """Remembers what the line through the two largest lets expect."""
+        known = [one for one in self._trials if one.peak_bytes is not None]
+        if len(known) < 2:
+            return
+        low, high = sorted(known, key=lambda one: one.batch_size)[-2:]
+        slope = (high.peak_bytes - low.peak_bytes) / (
+            high.batch_size - low.batch_size
+        )
+        predicted = high.peak_bytes + slope * (size - high.batch_size)
+        self._predicted[size] = int(predicted - self._hole * size)
+
+    def _try(self, size):
+        """Runs one size; an out-of-memory error is an answer, too."""
+        began = time.perf_counter()
+        workload, constant = self._workload, self._resident
+
+        def run():
+            peak, seconds = workload.train(size)
+            both = peak
+            if workload.accumulates and not workload.compiles:
+                both = _most(peak, workload.accumulate(size))
+            return peak, both, seconds
+
+        ran = self._or_none(run)
+        elapsed = time.perf_counter() - began
+        if ran is None:
+            return Trial(size, failed=True, trial_seconds=elapsed)
+        plain, peak, seconds = ran
+        if peak is not None:
+            # What accumulating adds are sums, whatever the size.
+            constant += peak - plain
+            peak += self._hole * size
+        return Trial(size, peak, seconds, False, elapsed, constant)
+
+    def _or_none(self, run):
+        """Calls a function and puts values back; None if it ran out."""
+        result, failed = None, False
+        try:
+            result = run()
+        except Exception as error:
+            if not exhaustion.is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:
+            # Only now has the error let go of the tensors of its step.
+            gc.collect()
+        self._workload.restore_values()
+        return None if failed else result
+
+    def _finishes_epoch(self, best):
+        """Whether all else that happens at a size fits, too.
+
+        If not, its trial is replaced and the search goes on.
+        """
+        size, workload, tail = best.batch_size, self._workload, 0
+        if math.isfinite(self._examples.count):
+            tail = int(self._examples.count) % size
+
+        def run():
+            peak = workload.finish_epoch(size, tail)
+            if workload.accumulates and workload.compiles:
+                peak = _most(peak, workload.accumulate(size))
+            return (peak,)
+
+        ran = self._or_none(run)
+        if ran is None:
+            worse = dataclasses.replace(best, failed=True, step_seconds=None)
+        else:
+            peak = ran[0]
+            if peak is not None:
+                peak += self._hole * size
+            worse = dataclasses.replace(
+                best, peak_bytes=_most(best.peak_bytes, peak)
+            )
+        self._trials[self._trials.index(best)] = worse
+        return size_search.fits(worse, self._usable)
+
+    def _profile(self, best, reason):
+        trials = sorted(self._trials, key=lambda trial: trial.batch_size)
+        return BatchProfile(
+            rows=[self._row(trial) for trial in trials],
+            max_batch_size=best.batch_size,
+            reason=reason,
+            memory_limit=None if self._limit is None else int(self._limit),
+            usable_bytes=None if self._usable is None else int(self._usable),
+            resident_bytes=int(self._resident),
+            hole_per_example=self._hole,
+            dtype_policy=dtype_policies_of(self._model),
+            device=self._meter.device,
+            measured_by=self._meter.name,
+            replicas=self._bounds.multiple_of,
+            jit_compile=self._workload.compiles,
+            seconds=time.perf_counter() - self._started,
+            notes=self._notes,
+        )
+
+    def _row(self, trial):
+        fits = size_search.fits(trial, self._usable)
+        note = "" if fits else "over the margin"
+        if trial.failed:
+            note = OUT_OF_MEMORY
+        peak = trial.peak_bytes
+        if peak is not None:
+            peak = int(peak - self._hole * trial.batch_size)
+        return ProfileRow(
+            batch_size=trial.batch_size,
+            peak_bytes=peak,
+            predicted_bytes=self._predicted.get(trial.batch_size),
+            step_seconds=trial.step_seconds,
+            fits=fits,
+            note=note,
+        )
+
+
+def _most(one, other):
+    """The larger of two peaks, either of which may not be known."""
+    known = [peak for peak in (one, other) if peak is not None]
+    return max(known, default=None)
+
+
+def dtype_policies_of(model):
+    """Returns the names of the dtype policies of a model's layers, joined.
+
+    Args:
+        model: A Keras model.
+    """
+    layers = keras_private.flatten_layers(model)
+    names = {
+        layer.dtype_policy.name for layer in layers if layer.variables
+    }
+    return ", ".join(sorted(names)) or model.dtype_policy.name

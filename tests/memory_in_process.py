@@ -1,0 +1,198 @@
+"""Real allocators, real limits, real out-of-memory errors.
+
+Each function is run in a process of its own by test_memory_processes.py, with
+TensorFlow's own allocator limited to 150 MB. A failed allocation makes it wait
+for ten seconds, so there are few of them.
+"""
+
+import sys
+import warnings
+
+import comparing
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_batchsize as kb
+from keras_batchsize import _memory_meters
+from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_workload import Workload
+
+FEATURES, WIDTH = 256, 512
+# 4 MB per 1000 examples and tensor: more than fits, by far.
+TOO_MANY = 40_000
+
+
+def make(jit_compile=False):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            keras.layers.Dense(WIDTH, activation="relu"),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(WIDTH, activation="relu"),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("adam", "mse", jit_compile=jit_compile)
+    return model
+
+
+def dataset(size, examples=2**18):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, FEATURES)).astype("float32")
+    y = rng.normal(size=(64, 1)).astype("float32")
+    pool = tf.data.Dataset.from_tensor_slices((x, y))
+    return pool.repeat(examples // 64).batch(size)
+
+
+def losses(model, size=64):
+    history = model.fit(
+        dataset(size), steps_per_epoch=4, epochs=2, verbose=0
+    )
+    return history.history["loss"]
+
+
+def a_limit_is_kept():
+    """The answer fits, a failure on the way is survived, nothing changes."""
+    expected = losses(make())
+    model = make()
+    profile = kb.find_max_batch_size(model, dataset(64))
+    assert profile.reason == "memory", profile
+    assert profile.measured_by == "allocator statistics"
+    assert profile.memory_limit == 150 * 2**20
+    assert not any(row.note == "out of memory" for row in profile.rows)
+    # From above: the first size runs out of memory.
+    other = kb.find_max_batch_size(model, dataset(64), start=TOO_MANY)
+    assert other.rows[-1].note == "out of memory", other
+    assert losses(model) == expected
+    model.fit(
+        dataset(profile.max_batch_size), steps_per_epoch=5, verbose=0
+    )
+
+
+def xla_fails_three_times():
+    """Variables are held, so that XLA cannot take them apart."""
+    expected = losses(make(jit_compile=True))
+    model = make(jit_compile=True)
+    examples = read_examples(model, dataset(64))
+    meter = _memory_meters.meter_for(model)
+    with Workload(model, examples, meter, False) as workload:
+        assert workload.compiles
+        for _ in range(3):
+            try:
+                workload.train(TOO_MANY)
+            except tf.errors.ResourceExhaustedError:
+                pass
+            else:
+                raise AssertionError("It fitted.")
+            workload.restore_values()
+        peak, _ = workload.train(64)
+        assert peak < 150 * 2**20
+    assert losses(model) == expected
+
+
+def training_goes_on():
+    """A base batch that is too large is carried out in parts."""
+    size = 16_384
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * size, 16)).astype("float32")
+    y = rng.normal(size=(2 * size, 1)).astype("float32")
+
+    def wide():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((16,)),
+                keras.layers.Dense(2048, activation="relu"),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+        return model
+
+    trainer = kb.AdaptiveTrainer(wide(), policy="fixed", verbose=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = trainer.fit(
+            x, y, batch_size=size, epochs=2, shuffle=False, verbose=0
+        )
+    assert any("Memory ran out" in str(one.message) for one in caught)
+    assert trainer.plan.batch_size == size
+    assert trainer.plan.accumulation_steps >= 2
+    # The oracle: the same mean gradients, summed by hand from small parts.
+    model, optimizer = wide(), keras.optimizers.SGD(0.01, momentum=0.9)
+    for _ in range(2):
+        for start in range(0, 2 * size, size):
+            total = None
+            for first in range(start, start + size, 1024):
+                part = slice(first, first + 1024)
+                with tf.GradientTape() as tape:
+                    error = model(x[part], training=True) - y[part]
+                    loss = tf.reduce_sum(error**2) / size
+                found = tape.gradient(loss, model.trainable_weights)
+                total = found if total is None else [
+                    a + b for a, b in zip(total, found)
+                ]
+            optimizer.apply(total, model.trainable_weights)
+    for ours, theirs in zip(
+        trainer.model.get_weights(), model.get_weights()
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
+    assert len(history.history["loss"]) == 2
+
+
+def replicas_are_left_as_they_were():
+    """Two replicas: each component of each variable, and training after."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+    def on_two():
+        with strategy.scope():
+            model = keras.Sequential(
+                [
+                    keras.Input((comparing.FEATURES,)),
+                    keras.layers.Dense(6),
+                    keras.layers.BatchNormalization(),
+                    keras.layers.Dropout(0.2),
+                    keras.layers.Dense(1),
+                ]
+            )
+            model.compile("adam", "mse", metrics=["mae"])
+        return model
+
+    data = comparing.regression(64)
+    outcomes = []
+    for probes in (False, True):
+        model = comparing.seeded(on_two)
+        trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+        trainer.fit(*data, batch_size=8, verbose=0)
+        if probes:
+            before = replica_values(model)
+            profile = kb.find_max_batch_size(model, *data, maximum=40)
+            for one, other in zip(before, replica_values(model), strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert profile.replicas == 2 and profile.max_batch_size == 40
+            assert all(row.batch_size % 2 == 0 for row in profile.rows)
+        history = trainer.fit(*data, batch_size=8, epochs=2, verbose=0)
+        outcomes.append(history.history["loss"])
+    assert outcomes[0] == outcomes[1], outcomes
+
+
+def replica_values(model):
+    from keras_batchsize import exhaustion
+
+    return [
+        np.array(component.numpy())
+        for variable in exhaustion.variables_of(model)
+        for component in exhaustion.components(variable)
+    ]
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    sys.stdout.write("KEPT\n")

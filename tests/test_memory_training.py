@@ -1,0 +1,200 @@
+"""The probe in training, and dtype policies side by side."""
+
+import copy
+
+import comparing
+import keras
+import numpy as np
+import pytest
+from comparing import compiled
+from comparing import dense
+
+import keras_batchsize as kb
+from keras_batchsize import _memory_compare
+from keras_batchsize import memory
+from keras_batchsize._controller_speed import Speed
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
+from keras_batchsize.throughput import StepTime
+
+make = compiled(
+    dense, optimizer=lambda: keras.optimizers.SGD(0.05, momentum=0.9)
+)
+
+
+def found(size, fixed=0.01, per_example=0.001, reason="memory"):
+    """A profile of two sizes."""
+    rows = [
+        ProfileRow(one, 1000 * one, None, fixed + per_example * one, True)
+        for one in (1, size)
+    ]
+    return BatchProfile(rows, size, reason)
+
+
+def test_callback_caps_what_is_run_at_once():
+    data = comparing.regression(128)
+    probe = kb.MemoryProbe()
+    sizes = kb.DynamicBatchSize("fixed", initial_batch_size=8)
+    model = comparing.seeded(make)
+    model.fit(
+        *data, batch_size=32, shuffle=False, verbose=0, callbacks=[probe, sizes]
+    )
+    assert probe.profile.max_batch_size == 32
+    assert probe.profile.reason == "maximum"
+    other = comparing.seeded(make)
+    other.fit(*data, batch_size=8, shuffle=False, verbose=0)
+    for ours, theirs in zip(model.get_weights(), other.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_callback_makes_larger_batches_of_smaller_passes(monkeypatch):
+    monkeypatch.setattr(
+        memory, "probe", lambda model, examples, limits: found(4)
+    )
+    data = comparing.regression(128)
+    sizes = kb.DynamicBatchSize("fixed", initial_batch_size=8)
+    model = make()
+    model.fit(
+        *data,
+        batch_size=32,
+        verbose=0,
+        callbacks=[sizes, kb.MemoryProbe()],
+    )
+    row = sizes.report.rows[-1]
+    assert (row.batch_size, row.micro_batch_size) == (8, 4)
+
+
+def test_callback_needs_somebody_who_decides():
+    with pytest.raises(ValueError, match="beside a `DynamicBatchSize`"):
+        make().fit(
+            *comparing.regression(), verbose=0, callbacks=[kb.MemoryProbe()]
+        )
+
+
+def test_callback_checks_its_arguments_and_is_copied():
+    with pytest.raises(ValueError, match="safety_margin"):
+        kb.MemoryProbe(safety_margin=1.0)
+    with pytest.raises(ValueError, match="memory_limit"):
+        kb.MemoryProbe(memory_limit=0)
+    assert copy.deepcopy(kb.MemoryProbe()).profile is None
+
+
+def test_trainer_starts_from_its_probe():
+    x, y = comparing.regression(256)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    profile = trainer.probe(x, y, maximum=16)
+    assert profile.max_batch_size == 16
+    trainer.fit(x, y, batch_size=64, verbose=0)
+    assert trainer.plan.batch_size == 64
+    assert trainer.plan.micro_batch_size <= 16
+    state = trainer.get_state()
+    assert state["largest_micro_batch_size"] == 16
+    assert state["expected"] == [
+        profile.step_time.fixed,
+        profile.step_time.per_example,
+    ]
+
+
+@pytest.mark.parametrize("on_accelerator", [True, False])
+def test_largest_size_is_probed_on_an_accelerator(monkeypatch, on_accelerator):
+    probed = []
+
+    def find(model, *data, **arguments):
+        probed.append(arguments)
+        return found(40)
+
+    monkeypatch.setattr(memory, "on_accelerator", lambda: on_accelerator)
+    monkeypatch.setattr(memory, "find_max_batch_size", find)
+    trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
+    trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
+    largest = trainer.report.settings["max_batch_size"]
+    # The ladder is 8, 16, 32; a sixteenth of the data is 32, too.
+    assert largest == 32
+    assert len(probed) == on_accelerator
+
+
+def test_generators_are_not_probed(monkeypatch):
+    x, y = comparing.regression(64)
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
+    trainer.fit(batches, batch_size=8, steps_per_epoch=8, verbose=0)
+    assert trainer.batch_size == 8
+
+
+def test_speed_is_the_probes_until_two_sizes_are_timed():
+    speed = Speed(largest=64)
+    speed.expect(StepTime(0.01, 0.001))
+    assert speed.step_time(32) == pytest.approx(0.042)
+    # Training is twice as slow: the shape stays, the level follows.
+    for _ in range(4):
+        speed.add(32, 0.084)
+    assert speed.step_time(32) == pytest.approx(0.084)
+    assert speed.step_time(64) == pytest.approx(0.148)
+    assert not speed.step_time.guessed
+    speed.add(64, 0.160)
+    assert speed.step_time(64) == pytest.approx(0.16)
+    again = Speed(largest=64)
+    again.set_state(speed.timings.get_state(), speed.get_state())
+    assert again.step_time == speed.step_time
+
+
+def build():
+    inputs = keras.Input((comparing.FEATURES,))
+    hidden = keras.layers.Dense(16, activation="relu")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(hidden))
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_policies_are_compared_and_put_back():
+    keras.config.set_dtype_policy("float32")
+    name = keras.layers.Dense(1).name
+    number = int(name.rpartition("_")[2]) if "_" in name else 0
+    comparison = kb.compare_dtype_policies(
+        build, *comparing.regression(64), maximum=64
+    )
+    assert keras.config.dtype_policy().name == "float32"
+    assert keras.layers.Dense(1).name == f"dense_{number + 1}"
+    policies = [result.dtype_policy for result in comparison.results]
+    assert policies == ["float32", "mixed_bfloat16", "mixed_float16"]
+    for result in comparison.results:
+        assert result.profile.max_batch_size == 64
+        assert result.dtype_policy in result.profile.dtype_policy
+        assert result.agrees, result.losses
+    lines = []
+    comparison.summary(lines.append)
+    assert len(lines) == 6
+    assert "mixed_float16" in lines[3] and "agree" in lines[3]
+
+
+def result(policy, size, speed, agrees=True, reason="memory"):
+    profile = found(size, 0.0, 1.0 / speed, reason)
+    return _memory_compare.PolicyResult(policy, profile, (), agrees)
+
+
+@pytest.mark.parametrize(
+    ("other", "recommended"),
+    [
+        (result("mixed", 20, 10), "mixed"),
+        (result("mixed", 10, 20), "mixed"),
+        (result("mixed", 10, 10), None),
+        # Twice as large and three times as slow does not pay.
+        (result("mixed", 20, 3), None),
+        (result("mixed", 20, 20, agrees=False), None),
+    ],
+)
+def test_recommends_what_pays_or_nothing(other, recommended):
+    name, reason = _memory_compare._recommendation(
+        [result("float32", 10, 10), other]
+    )
+    assert name == recommended
+    assert ("None pays" in reason) == (recommended is None)
+
+
+def test_comparison_refuses_what_it_cannot_compare():
+    data = comparing.regression()
+    with pytest.raises(TypeError, match="build_fn"):
+        kb.compare_dtype_policies(build(), *data)
+    with pytest.raises(ValueError, match="at least two"):
+        kb.compare_dtype_policies(build, *data, policies=["float32"])
