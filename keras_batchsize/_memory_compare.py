@@ -7,6 +7,7 @@ import sys
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize._batch_profile_text import megabytes
@@ -142,7 +143,13 @@ def _result(build_fn, policy, data, find, weights, results):
     try:
         profile = find(model)
         losses, weights = _first_losses(model, data, weights)
-    except (NotImplementedError, TypeError) as error:
+    except (
+        NotImplementedError,
+        TypeError,
+        tf.errors.UnimplementedError,
+    ) as error:
+        if not results:
+            raise
         # A layer or a device that does not know the type.
         note = f"does not run: {type(error).__name__}"
         return PolicyResult(policy, None, (), False, note), weights

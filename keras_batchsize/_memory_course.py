@@ -45,9 +45,9 @@ class Course:
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
         if self._usable is not None:
-            # Half-way between the margin and the limit.
+            # A little into the margin: a size that overshoots is no failure.
             data = examples.data_bytes if meter.holds_data else 0
-            self._hard = (self._usable + self._limit - data) / 2.0
+            self._hard += (self._limit - data - self._usable) / 4.0
         replicas = model.distribute_strategy.num_replicas_in_sync
         # What fragmentation may take, in bytes per example.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0

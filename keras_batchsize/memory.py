@@ -13,6 +13,7 @@ Separation of concerns:
 """
 
 
+import keras
 import tensorflow as tf
 
 from keras_batchsize import keras_private
@@ -123,7 +124,7 @@ def compare_dtype_policies(
         TypeError: If `build_fn` is not a function.
         ValueError: If there are fewer than two policies.
     """
-    if not callable(build_fn):
+    if not callable(build_fn) or isinstance(build_fn, keras.Model):
         raise TypeError(
             "`build_fn` must be a function: a model keeps the dtype policy it "
             f"was made under. Received: build_fn={build_fn!r}. Pass a function "
