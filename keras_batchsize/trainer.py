@@ -183,13 +183,7 @@ class AdaptiveTrainer:
             The Keras `History`, with `batch_size`, `noise_scale` and
             `examples_per_second` added for each epoch.
         """
-        if (
-            self.max_batch_size is None
-            and self._profile is None
-            and memory.on_accelerator()
-            and memory.can_be_read_twice(x)
-        ):
-            self.probe(x, y, sample_weight)
+        self._probe_first(x, y, sample_weight)
         superbatches, validation_data = self._superbatches(
             (x, y, sample_weight),
             validation_data,
@@ -210,6 +204,16 @@ class AdaptiveTrainer:
             validation_batch_size=validation_batch_size,
             validation_freq=validation_freq,
         )
+
+    def _probe_first(self, x, y, sample_weight):
+        """Looks for the largest size where that is the limit in force."""
+        if (
+            self.max_batch_size is None
+            and self._profile is None
+            and memory.on_accelerator()
+            and memory.can_be_read_twice(x)
+        ):
+            self.probe(x, y, sample_weight)
 
     def _superbatches(self, data, validation_data, validation_split, **how):
         """Returns the `Superbatches`, and the data to validate on."""
