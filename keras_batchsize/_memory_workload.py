@@ -292,6 +292,14 @@ def build_layers(model, example):
     tf.function(call, autograph=False).get_concrete_function(spec)
 
 
+def _of_prime_size(leaf):
+    """The type of a batch of 61 examples, without any data."""
+    spec = slicing.batch_spec(leaf)
+    if isinstance(spec, tf.TensorSpec):
+        return tf.TensorSpec([_PRIME] + spec.shape[1:], spec.dtype)
+    return spec
+
+
 # Where these hide what they compute, nothing can be added up.
 _HIDING = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "XlaLaunch"}
 
@@ -313,7 +321,8 @@ def forward_bytes(model, examples, training=True):
         Pair of floats, bytes of the largest and of all; the latter is None
         for models with loops or conditions.
     """
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.batch(_PRIME))
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.one)
+    x = keras.tree.map_structure(_of_prime_size, x)
     call = functools.partial(model, training=training)
     concrete = tf.function(call, autograph=False).get_concrete_function(x)
     operations = concrete.graph.get_operations()

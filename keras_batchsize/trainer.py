@@ -122,13 +122,12 @@ class AdaptiveTrainer:
     def probe(self, x, y=None, sample_weight=None, **limits):
         """Finds out which batch sizes fit memory, and how fast they are.
 
-        The next `fit` holds no more examples at once than were found to fit,
-        and its policy starts from the step times measured here.
+        The next `fit` holds no more at once, and starts from these step times.
 
         Args:
             x: As in `Model.fit`; of any kind that can be read more than once.
-            y: As in `Model.fit`.
-            sample_weight: As in `Model.fit`.
+            y: Likewise.
+            sample_weight: Likewise.
             **limits: As in `kb.find_max_batch_size`.
 
         Returns:
@@ -207,12 +206,8 @@ class AdaptiveTrainer:
 
     def _probe_first(self, x, y, sample_weight):
         """Looks for the largest size where that is the limit in force."""
-        if (
-            self.max_batch_size is None
-            and self._profile is None
-            and memory.on_accelerator()
-            and memory.can_be_read_twice(x)
-        ):
+        is_limit = self.max_batch_size is None and memory.on_accelerator()
+        if is_limit and self._profile is None and memory.can_be_read_twice(x):
             self.probe(x, y, sample_weight)
 
     def _superbatches(self, data, validation_data, validation_split, **how):
