@@ -6,8 +6,10 @@
   fixed in a trial, the rate searched at a reference batch size and carried to
   the trial's size by the linear rule.
 
-Both have the same sizes, the same range of rates and the same seeds, and take
-turns, trial by trial. The best setting of each is then trained anew with other
+Both have the same sizes, seeds and knowledge of the rate: a range at batch size
+256. The wrapper searches that; plain KerasTuner the smallest range that holds
+the rates which that means for any of the sizes. They take turns, trial by
+trial. The best setting of each is then trained anew with other
 seeds and looked at on the test set: the value of the best of many trials is
 partly luck.
 
@@ -28,7 +30,12 @@ import keras_batchsize as kb
 from keras_batchsize import tuner as kbt
 
 SIZES = (16, 512)
-RATES = (1e-3, 1.0)
+REFERENCE = 256
+# At the reference batch size, and at any.
+RATES = (0.03, 1.0)
+ALL_RATES = tuple(
+    rate * size / REFERENCE for rate, size in zip(RATES, SIZES, strict=True)
+)
 # Seeds of the trainings anew, of which the mean is printed.
 ANEW = (101, 102, 103)
 
@@ -48,11 +55,11 @@ class Plain(keras_tuner.HyperModel):
     def declare_hyperparameters(self, hp):
         """Before the first trial, else that has the default of both."""
         kbt.hp_batch_size(hp, *SIZES, name="batch_size")
-        hp.Float("learning_rate", *RATES, sampling="log")
+        hp.Float("learning_rate", *ALL_RATES, sampling="log")
 
     def build(self, hp):
         """Makes the model with the rate of the trial."""
-        rate = hp.Float("learning_rate", *RATES, sampling="log")
+        rate = hp.Float("learning_rate", *ALL_RATES, sampling="log")
         return make(self._options, self._side, 0, rate)
 
     def fit(self, hp, model, *args, **kwargs):
@@ -84,6 +91,7 @@ class Wrapper(kbt.AdaptiveHyperModel):
             policies=[options.policy],
             learning_rate_rules=["linear"],
             learning_rate=RATES,
+            reference_batch_size=REFERENCE,
         )
         super().__init__(lambda hp: make(options, side, 0, RATES[0]), space)
 
@@ -150,7 +158,9 @@ def measure(options):
     validation = x[-10000:], y[-10000:]
     print(
         f"{options.model} on {count:,} examples of MNIST, {options.tuner}, "
-        f"{options.trials} trials of {options.epochs} epochs\n\n"
+        f"{options.trials} trials of {options.epochs} epochs, sizes "
+        f"{SIZES[0]} to {SIZES[1]}, rates {RATES[0]:g} to {RATES[1]:g} at "
+        f"{REFERENCE}, that is {ALL_RATES[0]:.2g} to {ALL_RATES[1]:g}\n\n"
         "| seed | search | seconds | best val. accuracy | batch size | rate "
         "| test accuracy, anew |\n|---|---|---|---|---|---|---|"
     )
@@ -196,7 +206,7 @@ def main():
     parser.add_argument("--policy", default="fixed")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--examples", type=int, default=20000)
+    parser.add_argument("--examples", type=int, default=10000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     measure(parser.parse_args())
 

@@ -6,6 +6,7 @@ import time
 import keras
 
 from keras_batchsize import _checks
+from keras_batchsize import replicas
 from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._policies_stated import direction_of
 
@@ -199,6 +200,9 @@ class TimeToTarget(keras.callbacks.Callback):
             self._clock.book(seconds, 1, traced=self._steps == 0)
         else:
             last = function.controller.last
+            if replicas.count(self.model) > 1:
+                # Several workers have agreed on it, and must stop alike.
+                seconds = last.seconds
             self._clock.book(seconds, last.examples, last.traced)
         self._steps += 1
         if self.reached or not self._within_budget():

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import types
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import keras_batchsize as kb
 from keras_batchsize import _callbacks_time_to_target
+from keras_batchsize import records
 from keras_batchsize._callbacks_time_to_target import TrainingClock
 
 RNG = np.random.default_rng(0)
@@ -188,6 +190,29 @@ def test_examples_are_those_of_the_trainer():
     assert history["examples_to_target"][-1] == 768.0
     # Not reached: over the four epochs that were planned.
     assert 4 * 256 < history["examples_to_target"][0] < 8 * 256
+
+
+def test_workers_stop_by_the_time_that_they_agree_on(monkeypatch):
+    # One worker that stopped alone would leave the others waiting.
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    monkeypatch.setattr(
+        _callbacks_time_to_target.replicas, "count", lambda model: 2
+    )
+    callback = kb.TimeToTarget("loss", 0.0, budget=100)
+    callback.set_model(regressor())
+    last = records.Measurement(64, 8, seconds=0.25)
+    monkeypatch.setattr(
+        _callbacks_time_to_target,
+        "train_function_of",
+        lambda model: types.SimpleNamespace(
+            controller=types.SimpleNamespace(last=last)
+        ),
+    )
+    callback.on_train_begin()
+    callback.on_epoch_begin(0)
+    callback.on_train_batch_end(0)
+    callback.on_train_batch_end(1)
+    assert callback.get_state()["clock"]["steady"] == [0.5, 128]
 
 
 def test_budget_of_examples_ends_training():

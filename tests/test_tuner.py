@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import warnings
 
 import keras
 import keras_tuner
@@ -196,6 +197,42 @@ def test_a_fit_of_several_parts_is_one_training(tmp_path):
     first, second = inner.histories
     assert second["examples_seen"][0] == first["examples_seen"][-1] + 1024
     assert second["training_seconds"][-1] > first["training_seconds"][-1]
+
+
+def test_several_objectives_are_each_finite(tmp_path):
+    tuner = keras_tuner.RandomSearch(
+        kbt.AdaptiveHyperModel(
+            too_large, space(initial=(2, 2), policies=["fixed"]), TARGET
+        ),
+        objective=[
+            keras_tuner.Objective("time_to_target", "min"),
+            keras_tuner.Objective("examples_per_second", "max"),
+        ],
+        max_trials=1,
+        directory=tmp_path,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Memory ran out")
+        tuner.search(X, Y, validation_data=VALIDATION, verbose=0)
+    (trial,) = trials_of(tuner)
+    # The sum of what is to be small less the sum of what is to be large.
+    assert trial.score == 40.0 - 0.0
+
+
+def test_a_fit_may_return_the_objective_itself(tmp_path):
+    class Number(Recorded):
+        def fit(self, hp, model, *args, **kwargs):
+            history = super().fit(hp, model, *args, **kwargs)
+            return history.history["val_loss"][-1]
+
+    tuner = keras_tuner.RandomSearch(
+        kbt.AdaptiveHyperModel(Number(), space()),
+        max_trials=1,
+        directory=tmp_path,
+    )
+    tuner.search(X, Y, validation_data=VALIDATION, verbose=0)
+    (trial,) = trials_of(tuner)
+    assert trial.score > 0.0
 
 
 def test_datasets_are_searched_with_every_size(tmp_path):
