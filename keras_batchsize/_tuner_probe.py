@@ -1,8 +1,6 @@
 """The largest batch that fits memory, looked for once per kind of model."""
 
-import tensorflow as tf
-
-from keras_batchsize.memory import find_max_batch_size
+from keras_batchsize import memory
 
 
 class CachedProbe:
@@ -39,7 +37,9 @@ class CachedProbe:
         """
         if self._probe is False:
             return None
-        if self._probe == "auto" and not _has_accelerator():
+        if self._probe == "auto" and not (
+            memory.on_accelerator() and memory.can_be_read_twice(x)
+        ):
             return None
         # The memory of a batch follows from these. A model that is not built
         # yet does not show its weights.
@@ -54,10 +54,7 @@ class CachedProbe:
         if callable(self._probe):
             found = self._probe(model, x, y)
         else:
-            found = find_max_batch_size(model, x, y, maximum=maximum)
+            found = memory.find_max_batch_size(
+                model, x, y, maximum=maximum, accumulates=True
+            )
         return int(getattr(found, "max_batch_size", found))
-
-
-def _has_accelerator():
-    kinds = {one.device_type for one in tf.config.list_logical_devices()}
-    return bool(kinds.intersection(("GPU", "TPU")))
