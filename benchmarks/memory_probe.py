@@ -12,7 +12,7 @@ of its own:
   and three of validation each, as Lightning's BatchSizeFinder does.
 
     python benchmarks/memory_probe.py
-    python benchmarks/memory_probe.py --models cnn --limits 400 --policies float32
+    python benchmarks/memory_probe.py --models cnn --limits 400
 
 Seconds leave out importing and building. Run with nothing else on the machine,
 they are comparable; the rest of the table does not depend on that.
