@@ -6,12 +6,14 @@ import json
 import math
 import struct
 import textwrap
+import types
 import warnings
 
 import comparing
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import dense
@@ -29,6 +31,7 @@ from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.tensorboard import hparams
 from keras_batchsize.tensorboard import layout
 from keras_batchsize.tensorboard import tags
+from keras_batchsize.tensorboard.writer import RunWriter
 
 X, Y = regression(230)
 EPOCHS = 3
@@ -443,6 +446,29 @@ def test_another_training_in_the_same_folder_stays_apart(tmp_path):
     for name in names:
         steps, _ = Run(tmp_path / name).scalars("progress/updates")
         assert steps == sorted(set(steps))
+
+
+def test_of_two_that_begin_at_once_each_gets_a_run(tmp_path):
+    # The other one makes the folder between our look and our attempt.
+    class Late:
+        def __getattr__(self, name):
+            return getattr(tf.io.gfile, name)
+
+        def exists(self, path):
+            found = tf.io.gfile.exists(path)
+            if path.endswith("batch_size") and not found:
+                tf.io.gfile.mkdir(path)
+            return found
+
+    io = types.SimpleNamespace(
+        gfile=Late(), TFRecordWriter=tf.io.TFRecordWriter
+    )
+    writer = RunWriter(tmp_path, io, "ours")
+    writer.scalars(1, {"batch_size/global": 8.0}, 1.0)
+    writer.close()
+
+    assert writer.folder == str(tmp_path / "batch_size_2")
+    assert not list((tmp_path / "batch_size").iterdir())
 
 
 class Interrupts(keras.callbacks.Callback):

@@ -21,7 +21,12 @@ import urllib.request
 
 import pytest
 import tensorboard_data_server
+import tensorflow as tf
 from test_tensorboard_plugin import train
+
+from keras_batchsize.tensorboard import events
+from keras_batchsize.tensorboard import tags
+from keras_batchsize.tensorboard.writer import RunWriter
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATIENCE = 60.0  # Seconds; what is waited for takes a few.
@@ -110,12 +115,28 @@ def site(tmp_path_factory):
 LOADERS = {"rust": "--load_fast=true", "python": "--load_fast=false"}
 
 
+def write(folder, first_step, steps, changes=(60, 70)):
+    """Writes a part of a training that began after `first_step` - 1."""
+    writer = RunWriter(folder, tf.io, "the same training", first_step)
+    info = {"began": time.time(), "first_step": first_step, "finished": True}
+    writer.write(first_step, [events.data(tags.INFO, info)])
+    for step in steps:
+        values = {"batch_size/global": 8 + first_step, "progress/updates": step}
+        writer.scalars(step, values, time.time())
+        if step in changes:
+            change = events.data(tags.CHANGE.format(step), {"examples": step})
+            writer.write(step, [change])
+    writer.close()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Returns a folder with two trainings, and the report of the first."""
+    """Returns a folder with three trainings, and the report of the first."""
     logs = tmp_path_factory.mktemp("logs")
     report, _ = train(logs / "adaptive")
     train(logs / "other", epochs=1)
+    write(logs / "resumed", first_step=1, steps=[*range(10, 100, 10)])
+    write(logs / "resumed", first_step=51, steps=[60, 70, 80], changes=[60])
     return logs, report
 
 
@@ -130,8 +151,8 @@ def served(request, trained, site, tmp_path_factory):
     with tensorboard(logs, site, LOADERS[request.param]) as address:
         wait_for(
             lambda: [one["info"].get("finished") for one in runs(address)]
-            == [True, True],
-            "both runs to be loaded",
+            == [True, True, True],
+            "all runs to be loaded",
         )
         yield address, trained[1], logs
 
@@ -153,6 +174,18 @@ def test_both_loaders_tell_what_the_report_does(served):
     assert told == [(one.examples, one.reason) for one in report.changes]
     ends = sorted({row.epoch: row.examples for row in report.rows}.values())
     assert run["loss"][0] == run["validation_loss"][0] == ends
+
+
+def test_both_loaders_forget_what_a_resumed_training_repeats(served):
+    # Broken off after 90 examples, resumed from those after 50: no zigzag,
+    # and the change that did not happen again is forgotten.
+    address, *_ = served
+
+    run = ask(address, f"run?name={urllib.parse.quote('resumed/batch_size')}")
+
+    assert run["steps"] == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert run["series"]["batch_size/global"] == [9.0] * 5 + [59.0] * 3
+    assert [one["examples"] for one in run["changes"]] == [60]
 
 
 # In the browser.
@@ -242,7 +275,7 @@ def test_the_tab_shows_charts_and_the_changes_of_the_report(served, browser):
         for one in report.changes
     ]
     names = [row[0] for row in cells(browser, "#overview")]
-    assert names == ["adaptive", "other"]
+    assert names == ["adaptive", "other", "resumed"]
     # Both runs are there, and drawn in their own colours. The second, of
     # one epoch, covers a third of the axis.
     for card in ("size", "rate", "speed", "loss"):
@@ -337,8 +370,9 @@ def test_axes_runs_theme_and_keyboard(served, browser):
     )
     box.click()
     wait_for(
-        lambda: [row[0] for row in cells(browser, "#overview")] == ["adaptive"],
-        "one run",
+        lambda: [row[0] for row in cells(browser, "#overview")]
+        == ["adaptive", "resumed"],
+        "one run less",
     )
     box.click()
 

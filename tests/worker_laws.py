@@ -193,6 +193,20 @@ def interrupted_and_resumed_is_uninterrupted(strategy):
     assert not folder.exists() or INDEX
 
 
+@law
+def the_chief_writes_for_tensorboard(strategy):
+    """Both workers are given one folder; one run in one file comes of it."""
+    folder = pathlib.Path(sys.argv[1]) / "logs"
+    x, y = comparing.regression(256)
+    model = comparing.seeded(under(strategy, momentum()))
+    kb.fit(
+        model, x, y, batch_size=16, superbatch_size=64, policy="measure",
+        epochs=2, tensorboard=folder, verbose=0,
+    )
+    [file] = folder.rglob("*tfevents*")
+    assert file.parent.name == "batch_size"
+
+
 def error_of(function):
     try:
         function()

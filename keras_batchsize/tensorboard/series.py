@@ -47,10 +47,10 @@ class Reader:
         infos = self._tensors([run for run in ours], [tags.INFO], 10)
         result = []
         for run in sorted(ours):
-            times = [series.max_wall_time for series in ours[run].values()]
-            anchor = last.get(run, {}).get(_ANCHOR)
-            if anchor is not None:
-                times.append(anchor.max_wall_time)
+            found = list(ours[run].values())
+            found += last.get(run, {}).values()
+            # None where a resumed training has made the reader forget all.
+            times = [one.max_wall_time or 0.0 for one in found]
             result.append(
                 {
                     "run": run,

@@ -135,14 +135,15 @@ class RunWriter:
 
     def _is_free(self, folder):
         """Makes the folder; of two trainings that try, one succeeds."""
-        gfile = self._io.gfile
-        if gfile.exists(folder):
+        if self._io.gfile.exists(folder):
             return False
+        if "://" in folder:  # Remote stores know no folders to race for.
+            self._io.gfile.makedirs(folder)
+            return True
         try:
-            gfile.mkdir(folder)
-        except Exception:  # As above; the other one may have been faster.
-            if not gfile.exists(folder):
-                raise
+            # Not `gfile.mkdir`, which does not mind an existing folder.
+            os.mkdir(folder)
+        except FileExistsError:
             return False
         return True
 
