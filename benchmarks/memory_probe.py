@@ -177,7 +177,7 @@ def child(arguments):
     print("RESULT " + json.dumps(found), flush=True)
 
 
-def in_process(run, name, policy, limit, size=0, timeout=600):
+def in_process(run, name, policy, limit, size=0, timeout=900):
     """Runs a part in a process of its own; None if it did not come back."""
     python = os.environ.get("PYTHON", sys.executable)
     command = [python, str(HERE), "--run", run, "--size", str(size)]
@@ -202,7 +202,7 @@ def in_process(run, name, policy, limit, size=0, timeout=600):
 
 
 def largest_part(name, policy, limit, size):
-    """Returns which share of the largest runnable size `size` is, at least."""
+    """Returns the least share that `size` is of the largest runnable size."""
     tried = size
     for _ in range(4):
         tried = int(tried * 1.25) + 1

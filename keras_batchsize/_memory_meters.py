@@ -78,7 +78,7 @@ class AllocatorMeter(Meter):
     """
 
     # Peaks of equal steps differ by so much and more with several threads.
-    reserve = 0.02
+    reserve = 0.06
     leaves_holes = True
 
     def __init__(self, devices):

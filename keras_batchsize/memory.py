@@ -4,6 +4,9 @@ Separation of concerns:
 
 - Here: what a caller may ask for.
 - `_memory_course.py`: the course of a probe.
+- `_memory_process.py`, `_memory_worker.py`: the same in a child process.
+- `_memory_cache.py`: profiles kept in a folder.
+- `_memory_compare.py`: dtype policies side by side.
 - `size_search.py`: which size is tried next. Pure.
 - `_memory_meters.py`, `_memory_host.py`: how memory is read.
 - `_memory_workload.py`: the step, the same that training takes.
@@ -18,13 +21,18 @@ import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import requirements
+from keras_batchsize._memory_cache import load
+from keras_batchsize._memory_cache import path_of
 from keras_batchsize._memory_compare import compared
 from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_examples import can_be_read_twice
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_limits import Limits
+from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
+from keras_batchsize._memory_process import probe_in_process
 from keras_batchsize._memory_workload import Workload
+from keras_batchsize._memory_workload import build_layers
 
 __all__ = [
     "can_be_read_twice",
@@ -44,6 +52,8 @@ def find_max_batch_size(
     safety_margin=0.05,
     time_budget=60.0,
     accumulates=False,
+    isolation=False,
+    cache=None,
 ):
     """Finds the largest batch size that fits memory, and how fast sizes are.
 
@@ -76,6 +86,11 @@ def find_max_batch_size(
         time_budget: Seconds after which no further size is tried.
         accumulates: Whether training will sum gradients of micro-batches, as
             `AdaptiveTrainer` does; then the sums must fit, too.
+        isolation: Whether the trials run in a child process, for models that
+            can be built again from their configuration.
+        cache: Folder in which profiles are kept and looked up by model,
+            compile settings, dtype policies, data, device and limits; None
+            to probe always.
 
     Returns:
         A `BatchProfile`.
@@ -88,7 +103,19 @@ def find_max_batch_size(
     limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
     check_probed(model)
     examples = read_examples(model, x, y, sample_weight)
-    return probe(model, examples, limits, accumulates)
+    path = None
+    if cache is not None:
+        device = ", ".join(devices_of(model))
+        build_layers(model, examples.one)
+        path = path_of(cache, model, examples, limits, device, accumulates)
+        known = load(path)
+        if known is not None:
+            return known
+    run = probe_in_process if isolation else probe
+    profile = run(model, examples, limits, accumulates)
+    if path is not None:
+        profile.save(path)
+    return profile
 
 
 def compare_dtype_policies(

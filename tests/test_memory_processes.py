@@ -2,8 +2,14 @@
 
 import os
 import pathlib
+import random
 
+import keras
+import numpy as np
 import pytest
+
+import keras_batchsize as kb
+from keras_batchsize import memory
 
 SCRIPT = pathlib.Path(__file__).with_name("memory_in_process.py")
 LIMIT = {
@@ -29,3 +35,94 @@ def test_in_a_process(name, environment, run_python, monkeypatch):
     process = run_python(str(SCRIPT), name, timeout=280)
     assert process.returncode == 0, process.stderr[-4000:]
     assert process.stdout.endswith("KEPT\n")
+
+
+def model_of(activation="relu", optimizer="adam", width=32):
+    inputs = keras.Input((16,))
+    hidden = keras.layers.Dense(width, activation=activation)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile(optimizer, "mse", metrics=["mae"])
+    return model
+
+
+X, Y = np.zeros((96, 16), "float32"), np.zeros((96, 1), "float32")
+
+
+def test_trials_in_a_child_process():
+    model = model_of()
+    state = random.getstate()
+    profile = kb.find_max_batch_size(
+        model, X, Y, isolation=True, memory_limit=300 * 2**20
+    )
+    assert profile.max_batch_size == 96
+    assert profile.reason == "dataset"
+    assert profile.memory_limit == 300 * 2**20
+    assert profile.measured_by == "allocator statistics"
+    assert random.getstate() == state
+    # Nothing of it happened here.
+    assert not model.optimizer.built
+
+
+def test_nothing_fits_in_a_child_process():
+    with pytest.raises(ValueError, match="No batch size fits"):
+        kb.find_max_batch_size(
+            model_of(width=2**17),
+            X,
+            Y,
+            isolation=True,
+            memory_limit=30 * 2**20,
+        )
+
+
+class WithoutConfig(keras.Model):
+    def __init__(self, units):
+        super().__init__()
+        self.dense = keras.layers.Dense(units)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_model_that_cannot_be_handed_over_is_refused_with_the_reason():
+    lambdas = keras.Sequential(
+        [keras.Input((16,)), keras.layers.Lambda(lambda x: x[:, :1])]
+    )
+    here = model_of()
+    here.__class__ = type("Mine", (type(here),), {"__module__": "__main__"})
+    for model, reason in (
+        (lambdas, "Lambda"),
+        (WithoutConfig(1), "NotImplementedError|get_config|TypeError"),
+        (here, "__main__"),
+    ):
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match=f"isolation=True; .*{reason}"):
+            kb.find_max_batch_size(model, X, Y, isolation=True)
+
+
+def test_profiles_are_kept(tmp_path, monkeypatch):
+    first = kb.find_max_batch_size(model_of(), X, Y, cache=tmp_path)
+
+    def refuse(*_):
+        raise AssertionError("probed again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "probe", refuse)
+        again = kb.find_max_batch_size(model_of(), X, Y, cache=tmp_path)
+        assert again == first
+        for other in (
+            model_of(activation="tanh"),
+            model_of(optimizer="sgd"),
+            model_of(width=33),
+        ):
+            with pytest.raises(AssertionError, match="probed again"):
+                kb.find_max_batch_size(other, X, Y, cache=tmp_path)
+        for changed in ({"safety_margin": 0.1}, {"maximum": 50}):
+            with pytest.raises(AssertionError, match="probed again"):
+                kb.find_max_batch_size(
+                    model_of(), X, Y, cache=tmp_path, **changed
+                )
+    # One that cannot be read is made anew.
+    (file,) = tmp_path.iterdir()
+    file.write_text("{")
+    third = kb.find_max_batch_size(model_of(), X, Y, cache=tmp_path)
+    assert third.max_batch_size == first.max_batch_size

@@ -1,0 +1,165 @@
+"""A probe in a process of its own, for models that can be handed over.
+
+An out-of-memory error then hurts nobody, and a CPU can be measured by the
+statistics of TensorFlow's own allocator. What is handed over is the model's
+configuration (memory does not depend on weights), how it is compiled, and a
+few examples; classes are imported by name, so those of a script or notebook
+cannot be handed over.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_batchsize import keras_private
+from keras_batchsize.batch_profile import BatchProfile
+
+_WORKER = "keras_batchsize._memory_worker"
+# Starting TensorFlow takes some of the time; no step does.
+_START_SECONDS = 120
+
+
+def probe_in_process(model, examples, limits, accumulates):
+    """Runs a probe in a child process.
+
+    Args:
+        model: A compiled Keras model.
+        examples: Its `Examples`.
+        limits: The `Limits`.
+        accumulates: Whether gradients may be summed over micro-batches.
+
+    Returns:
+        A `BatchProfile`.
+
+    Raises:
+        ValueError: If the model cannot be handed over, or if nothing fits.
+        RuntimeError: If the child process did not come back.
+    """
+    _check_device(model)
+    request = {
+        "model": _handed_over(model),
+        "compile": model.get_compile_config(),
+        "jit_compile": bool(model.jit_compile),
+        "limits": vars(limits) | {"maximum": _finite(limits.maximum)},
+        "accumulates": accumulates,
+        "count": _finite(examples.count),
+        "data_bytes": examples.data_bytes,
+        "global_policy": keras.config.dtype_policy().name,
+        "threads": [
+            tf.config.threading.get_intra_op_parallelism_threads(),
+            tf.config.threading.get_inter_op_parallelism_threads(),
+        ],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        _save_examples(folder, request, examples)
+        answer = _run(folder, limits)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return BatchProfile.from_dict(answer["profile"])
+
+
+def _check_device(model):
+    if tf.config.list_physical_devices("GPU"):
+        raise ValueError(
+            "A child process cannot use the GPU while this one holds its "
+            "memory. Received: isolation=True with "
+            f"{tf.config.list_physical_devices('GPU')[0].name}. Use "
+            "isolation=False, or start with CUDA_VISIBLE_DEVICES unset."
+        )
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "A strategy cannot be handed over to a child process. Received: "
+            "isolation=True with "
+            f"{type(model.distribute_strategy).__name__}. Use isolation=False."
+        )
+
+
+def _handed_over(model):
+    """Returns the configuration of a model, or raises with the reason."""
+    own = [
+        one
+        for one in [model, *keras_private.flatten_layers(model)]
+        if type(one).__module__ == "__main__"
+    ]
+    if own:
+        _refuse(f"{type(own[0]).__name__} is defined in __main__")
+    try:
+        config = keras.saving.serialize_keras_object(model)
+        json.dumps([config, model.get_compile_config()])
+    except (NotImplementedError, TypeError, ValueError) as error:
+        _refuse(f"{type(error).__name__}: {error}"[:300])
+    if "__lambda__" in json.dumps(config):
+        _refuse("a Lambda layer holds a function that has no name")
+    return config
+
+
+def _refuse(why):
+    raise ValueError(
+        "The model must be one that can be built again from its "
+        f"configuration, in another process. Received: isolation=True; {why}. "
+        "Put classes into a module with get_config() and "
+        "@keras.saving.register_keras_serializable(), or use "
+        "isolation=False."
+    )
+
+
+def _finite(value):
+    return None if value == float("inf") else int(value)
+
+
+def _save_examples(folder, request, examples):
+    leaves = keras.tree.flatten(examples.few(64))
+    if not all(isinstance(one, tf.Tensor) for one in leaves if one is not None):
+        _refuse("the examples are ragged or sparse")
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(examples.few(64))
+    request["given"] = [one is not None for one in (x, y, weight)]
+    arrays, parts = {}, []
+    for part in (x, y, weight):
+        paths = [] if part is None else keras.tree.flatten(part)
+        keys = [f"a{len(arrays) + i}" for i in range(len(paths))]
+        arrays |= dict(zip(keys, map(np.asarray, paths)))
+        parts.append(
+            None if part is None else keras.tree.pack_sequence_as(part, keys)
+        )
+    request["data"] = parts
+    np.savez(folder / "examples.npz", **arrays)
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+
+
+def _run(folder, limits):
+    environment = {**os.environ, "TF_CPU_ALLOCATOR_USE_BFC": "true"}
+    if limits.memory_limit is not None:
+        environment["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(
+            max(limits.memory_limit // 2**20, 1)
+        )
+    path = [*filter(None, sys.path), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", _WORKER, str(folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_START_SECONDS + 2 * limits.time_budget,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            "The child process did not come back in "
+            f"{error.timeout:.0f} s. Use isolation=False."
+        ) from error
+    answer = folder / "answer.json"
+    if not answer.exists():
+        raise RuntimeError(
+            "The child process ended without an answer, with code "
+            f"{process.returncode}; the system may have run out of memory. "
+            f"It said: {process.stderr[-500:]}"
+        )
+    return json.loads(answer.read_text(encoding="utf-8"))
