@@ -43,6 +43,21 @@ def answer_to(folder):
             )
         }
     model.jit_compile = request["jit_compile"]
+    examples = _examples(folder, request)
+    try:
+        profile = memory.probe(
+            model,
+            examples,
+            Limits(**request["limits"]),
+            request["accumulates"],
+        )
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"profile": profile.to_dict()}
+
+
+def _examples(folder, request):
+    """Reads the `Examples` of a request."""
     with np.load(folder / "examples.npz") as arrays:
         parts = [
             keras.tree.map_structure(
@@ -54,21 +69,11 @@ def answer_to(folder):
         ]
     count = math.inf if request["count"] is None else request["count"]
     batch = keras.utils.pack_x_y_sample_weight(*parts)
-    examples = Examples(
+    return Examples(
         batch if isinstance(batch, tuple) else (batch,),
         count,
         request["data_bytes"],
     )
-    try:
-        profile = memory.probe(
-            model,
-            examples,
-            Limits(**request["limits"]),
-            request["accumulates"],
-        )
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"profile": profile.to_dict()}
 
 
 if __name__ == "__main__":
