@@ -5,6 +5,7 @@ import time
 import types
 import uuid
 
+import numpy as np
 import tensorflow as tf
 
 from keras_batchsize._callbacks_base import settings_of
@@ -281,16 +282,22 @@ class Recorder:
 
 
 def _memory(profile, row, replicas):
-    """Returns the memory that a plan takes, as far as it was measured."""
+    """Returns the memory that a plan takes, NaN where it is not known.
+
+    Between two sizes that were probed the peak lies on a line, since
+    activations grow with the examples; beyond them nothing is claimed.
+    """
     held = row.micro_batch_size * replicas
-    peaks = {one.batch_size: one.peak_bytes for one in profile.rows}
-    known = {
-        "memory/peak_bytes": peaks.get(held),
-        "memory/limit_bytes": profile.memory_limit,
-    }
+    known = [one for one in profile.rows if one.peak_bytes is not None]
+    peak = math.nan
+    if known:
+        sizes = [one.batch_size for one in known]
+        peaks = [float(one.peak_bytes) for one in known]
+        peak = np.interp(held, sizes, peaks, left=math.nan, right=math.nan)
+    limit = profile.memory_limit
     return {
-        tag: math.nan if value is None else value
-        for tag, value in known.items()
+        "memory/peak_bytes": float(peak),
+        "memory/limit_bytes": math.nan if limit is None else limit,
     }
 
 

@@ -39,7 +39,8 @@ SCALARS = {
         "against the base batch size (Pollux, OSDI 2021)."
     ),
     "memory/peak_bytes": (
-        "Peak memory at this micro-batch size, as the probe measured it."
+        "Peak memory at this micro-batch size, as the probe measured it, or "
+        "in between two sizes that it measured."
     ),
     "memory/limit_bytes": "Memory that the probe allowed.",
     "progress/updates": "Optimizer updates made.",

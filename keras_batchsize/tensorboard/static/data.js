@@ -142,9 +142,7 @@ const SHORT = [
 
 /** A number in a few digits: 33400 as 33.4k. */
 export function short(value) {
-  if (value === null || value === undefined || !Number.isFinite(value)) {
-    return "–";
-  }
+  if (!Number.isFinite(value)) return "–";
   for (const [size, letter] of SHORT) {
     if (Math.abs(value) >= size * 0.99995) {
       return `${+(value / size).toPrecision(3)}${letter}`;
@@ -163,6 +161,6 @@ export function duration(minutes) {
 
 /** A count with separators: 33400 as 33,400. */
 export function whole(value) {
-  if (value === null || value === undefined) return "–";
+  if (!Number.isFinite(value)) return "–";
   return Math.round(value).toLocaleString("en-US");
 }
