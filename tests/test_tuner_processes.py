@@ -14,6 +14,8 @@ import keras_tuner
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
+from test_tensorboard_plugin import ask
+from test_tensorboard_plugin import client_for
 
 from keras_batchsize import tuner as kbt
 
@@ -117,6 +119,13 @@ def test_tensorboard_shows_each_execution_of_each_trial(tmp_path):
             sizes = scalars(folder / "batch_size", "batch_size/global")
             initial = trial.hyperparameters.get("batch_size/initial")
             assert set(sizes) == {initial}
+    # The tab has them all.
+    runs = ask(client_for(tmp_path / "logs"), "runs")
+    assert {one["run"] for one in runs} == {
+        f"{trial}/execution{execution}/batch_size"
+        for trial in tuner.oracle.trials
+        for execution in (0, 1)
+    }
 
 
 def events_in(folder):
