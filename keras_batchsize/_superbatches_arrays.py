@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
-from keras_batchsize import replicas
 
 
 def is_arrays(x):
@@ -66,16 +65,12 @@ def at_hand(model, adapter, shuffle):
 
     Returns:
         Pair of a Keras adapter and a nested structure of dense tensors; the
-        adapter as it is and None where there are accelerators or a strategy,
-        XLA (to which the arrays would be parameters of every step),
-        or arrays that are not dense.
+        adapter as it is and None where there are accelerators, XLA (to which
+        the arrays would be parameters of every step), or arrays that are not
+        dense.
     """
     devices = tf.config.list_logical_devices()
-    if (
-        model.jit_compile
-        or replicas.strategy_of(model) is not None
-        or any(one.device_type != "CPU" for one in devices)
-    ):
+    if model.jit_compile or any(one.device_type != "CPU" for one in devices):
         return adapter, None
     arrays = keras_private.tensors_of(adapter)
     leaves = [one for one in keras.tree.flatten(arrays) if one is not None]

@@ -29,7 +29,7 @@ def team_of(model, examples):
             one device.
     """
     strategy = replicas.strategy_of(model)
-    return OneDevice(examples) if strategy is None else Team(strategy)
+    return OneDevice(examples) if strategy is None else Team(strategy, examples)
 
 
 class OneDevice:
@@ -69,6 +69,7 @@ class Team:
 
     Args:
         strategy: A `tf.distribute.Strategy`.
+        examples: Function (share, start, size) that returns a batch.
 
     Attributes:
         is_alone: Whether there is no other worker.
@@ -76,14 +77,17 @@ class Team:
 
     replicated = True
 
-    def __init__(self, strategy):
+    def __init__(self, strategy, examples):
         self._strategy = strategy
+        self._examples = examples
+        # Row numbers of arrays go to all replicas, examples are dealt out.
+        self._is_dealt_out = examples is slicing.examples
         self._workers = Workers(strategy)
         self.is_alone = self._workers.number == 1
 
     def make_graphs(self, model, base_batch_size, measures):
         """Returns the `ReplicaGraphs` of a model."""
-        return ReplicaGraphs(model, base_batch_size, measures)
+        return ReplicaGraphs(model, base_batch_size, measures, self._examples)
 
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end.
@@ -94,15 +98,22 @@ class Team:
         Returns:
             Tuple of two integers, over all replicas.
         """
+        if not self._is_dealt_out:
+            total = slicing.number_of_examples(data)
+            return total, total
         counts = self._workers.gathered(
             replicas.local_counts(self._strategy, data)
         )
         return sum(counts), replicas.end_of(counts)
 
     def sample(self, data):
-        """Returns the share of one replica, to build and try the model."""
-        shares = replicas.local_shares(self._strategy, data)
-        return max(shares, key=slicing.number_of_examples)
+        """Returns a batch of one replica, to build and try the model with."""
+        share = data
+        if self._is_dealt_out:
+            shares = replicas.local_shares(self._strategy, data)
+            share = max(shares, key=slicing.number_of_examples)
+        total = slicing.number_of_examples(share)
+        return self._examples(share, 0, min(total, exactness.TRIAL_EXAMPLES))
 
     def agreed(self, measurement):
         """Returns the `Measurement` that all workers decide on.

@@ -22,11 +22,12 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @contextlib.contextmanager
-def prepared(model):
+def prepared(model, specs=None):
     """Lets a model be fitted or evaluated under its strategy.
 
     Args:
         model: A compiled Keras model.
+        specs: Types of a batch, where the data do not show them.
 
     Yields:
         None.
@@ -34,6 +35,8 @@ def prepared(model):
     if replicas.strategy_of(model) is None:
         yield
         return
+    if specs is not None:
+        keras_private.build_symbolically(model, specs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keras_private.built_from_specs(model))
         if replicas.workers(model) > 1:

@@ -43,15 +43,21 @@ class ReplicaGraphs:
         model: A compiled Keras model.
         base_batch_size: B₀, in which the schedule's clock counts.
         measures: Whether norms of gradients are wanted.
+        examples: Function (share, start, size) that returns a batch as
+            `train_step` receives it.
     """
 
     splits = True
     compiles = False
 
-    def __init__(self, model, base_batch_size, measures):
+    def __init__(
+        self, model, base_batch_size, measures, examples=slicing.examples
+    ):
         # Whether shares differ by more than an example, as only a dataset
         # that a user distributes can make them.
         self.uneven = False
+        self._examples = examples
+        self._is_dealt_out = examples is slicing.examples
         self._model = model
         self._base = base_batch_size
         self._strategy = model.distribute_strategy
@@ -296,12 +302,15 @@ class ReplicaGraphs:
         A share without examples has no mean loss: where there may be one, the
         replica sits the micro-batch out.
         """
-        first, number = replicas.own_part(share, *bounds, self._replicas)
+        if self._is_dealt_out:
+            first, number = replicas.own_part(share, *bounds, self._replicas)
+        else:
+            share = replicas.own_rows(share, *bounds, self._replicas)
+            first, number = 0, tf.size(share)
 
         def with_examples():
-            return function(
-                otherwise(), slicing.examples(share, first, number)
-            )
+            part = self._examples(share, first, number)
+            return function(otherwise(), part)
 
         if not guarded:
             return with_examples()

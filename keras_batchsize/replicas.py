@@ -159,6 +159,27 @@ def own_part(data, start, stop, replicas):
     return first, last - first
 
 
+def own_rows(rows, start, stop, replicas):
+    """Returns which of the rows [start, stop) belong to this replica.
+
+    To be called in a replica context.
+
+    Args:
+        rows: Integer tensor of shape (examples,) of the whole superbatch.
+        start: Scalar int32 tensor, position in it.
+        stop: Likewise.
+        replicas: Number of replicas.
+
+    Returns:
+        Integer tensor of shape (own examples,).
+    """
+    index = tf.cast(
+        tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32
+    )
+    first = tf.minimum(start + (index - start) % replicas, stop)
+    return rows[first:stop:replicas]
+
+
 def dealt_out(dataset, strategy):
     """Deals the examples of each element out to the replicas, in turn.
 
@@ -193,6 +214,32 @@ def dealt_out(dataset, strategy):
         return dataset.flat_map(shares).prefetch(tf.data.AUTOTUNE)
 
     return strategy.distribute_datasets_from_function(shares_of_worker)
+
+
+class Undistributed(tf.distribute.DistributedDataset):
+    """A dataset that every replica gets as it is.
+
+    Handing row numbers out takes longer than all replicas need to read them.
+    Keras leaves alone what says that it is distributed.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+    """
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __iter__(self):
+        return iter(self._dataset)
+
+    @property
+    def element_spec(self):
+        """Types of the elements."""
+        return self._dataset.element_spec
+
+    def reduce(self, initial_state, reduce_func):
+        """Reduces the dataset, see `tf.data.Dataset.reduce`."""
+        return self._dataset.reduce(initial_state, reduce_func)
 
 
 def _is_sharded_otherwise(dataset, strategy):

@@ -76,7 +76,8 @@ class Superbatches(keras_private.DataAdapter):
     def get_tf_dataset(self):
         """Returns the superbatches as a `tf.data.Dataset`.
 
-        Under a strategy they are dealt out to the replicas already.
+        Under a strategy examples are dealt out to the replicas already, and
+        row numbers go to all of them.
         """
         dataset = self._adapter.get_tf_dataset()
         if self._arrays is not None:
@@ -85,7 +86,9 @@ class Superbatches(keras_private.DataAdapter):
             if _has_optionals(dataset):
                 dataset = dataset.map(_without_nones)
             dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
-        if self._strategy is not None:
+        if self._strategy is not None and self._arrays is not None:
+            dataset = replicas.Undistributed(dataset)
+        elif self._strategy is not None:
             dataset = replicas.dealt_out(dataset, self._strategy)
         return dataset
 
@@ -113,6 +116,20 @@ class Superbatches(keras_private.DataAdapter):
         if self._arrays is None:
             return slicing.examples
         return functools.partial(slicing.gathered, self._arrays)
+
+    @property
+    def specs(self):
+        """Types of a batch, where row numbers do not show them, or None."""
+        if self._arrays is None:
+            return None
+        return keras.tree.map_structure(
+            lambda leaf: (
+                None
+                if leaf is None
+                else tf.TensorSpec([None] + leaf.shape[1:], leaf.dtype)
+            ),
+            self._arrays,
+        )
 
     @property
     def examples_per_epoch(self):

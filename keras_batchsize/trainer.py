@@ -240,7 +240,7 @@ class AdaptiveTrainer:
             batch_sizes=controller.ladder.sizes,
         )
         try:
-            with distributed.prepared(self.model):
+            with distributed.prepared(self.model, superbatches.specs):
                 return self.model.fit(
                     superbatches,
                     batch_size=superbatches.base_batch_size,

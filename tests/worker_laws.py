@@ -26,7 +26,10 @@ from replica_laws import momentum
 from replica_laws import under
 
 import keras_batchsize as kb
+from keras_batchsize import learning_rate
+from keras_batchsize import replicas
 from keras_batchsize import train_function
+from keras_batchsize.replica_graphs import ReplicaGraphs
 
 INDEX = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))
 INDEX = INDEX["task"]["index"]
@@ -101,6 +104,48 @@ def a_slow_worker_and_a_wrong_clock_change_no_plan(strategy):
     digest(sizes)
     digest(trainer.get_state())
     digest([one.tolist() for one in model.get_weights()])
+
+
+def collectives(graph):
+    """Names of the operations between workers in a graph and its functions."""
+    definition = graph.as_graph_def()
+    nodes = list(definition.node)
+    for function in definition.library.function:
+        nodes += function.node_def
+    return [one.op for one in nodes if one.op.startswith("Collective")]
+
+
+@law
+def one_all_reduce_per_update(strategy):
+    """Gradients, norms, counts, losses and flags travel together."""
+
+    def make_model():
+        model = comparing.two_outputs()
+        model.compile(
+            optimizer=keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.AdamW(0.01, global_clipnorm=1.0)
+            ),
+            loss=["mse", "sparse_categorical_crossentropy"],
+            metrics=[["mae"], ["accuracy"]],
+        )
+        return model
+
+    model = comparing.seeded(under(strategy, make_model))
+    x, y = comparing.for_two_outputs(24)
+    data = tf.data.Dataset.from_tensor_slices((x, tuple(y.values()))).batch(24)
+    data = next(iter(replicas.dealt_out(data, strategy)))
+    graphs = ReplicaGraphs(model, 8, True)
+    graphs.build(data)
+    start, end = tf.constant(0), tf.constant(8)
+    rate = learning_rate.rate_in_force(1.0, 1.0, 0, 0)
+    update = graphs._update.get_concrete_function(data, start, end, rate, False)
+    assert collectives(update.graph) == ["CollectiveReduceV2"]
+    # Micro-batches stay where they are, until the update.
+    sums = graphs._zeros()
+    add = graphs._add.get_concrete_function(sums, data, start, end, False)
+    assert collectives(add.graph) == []
+    apply = graphs._apply.get_concrete_function(sums, rate)
+    assert collectives(apply.graph) == ["CollectiveReduceV2"]
 
 
 @law
