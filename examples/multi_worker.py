@@ -53,17 +53,16 @@ def start(options):
 
 def train(options):
     """Trains as one of the workers."""
-    # Before TensorFlow is imported: what is wrong is said at once.
-    from keras_batchsize.workers import check_tf_config
-
-    check_tf_config()
-
+    # Not before it is known that this process is a worker.
     import keras
     import tensorflow as tf
     from sklearn.datasets import load_digits
 
     import keras_batchsize as kb
+    from keras_batchsize.workers import check_tf_config
 
+    # Without a proper TF_CONFIG each worker would train alone.
+    check_tf_config()
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(0)
 

@@ -21,11 +21,13 @@ class Speed:
     Attributes:
         timings: The `Timings` of the run.
         largest: Likewise.
+        communication: Seconds of an all-reduce over the replicas.
     """
 
     def __init__(self, largest):
         self.timings = Timings()
         self.largest = largest
+        self.communication = 0.0
         self._expected = None
         self._step_time = None
 
@@ -53,7 +55,9 @@ class Speed:
         sizes, seconds = self.timings.samples()
         own = None
         if sizes:
-            own = throughput.fit_step_time(sizes, seconds, self.largest)
+            own = throughput.fit_step_time(
+                sizes, seconds, self.largest, self.communication
+            )
         if self._expected is not None and (own is None or own.guessed):
             own = self._scaled(sizes, seconds)
         self._step_time = own
@@ -133,9 +137,36 @@ class Speed:
             return None
         return [self._expected.fixed, self._expected.per_example]
 
-    def set_state(self, timings, expected):
-        """Takes over the states of the timings, and of `get_state`."""
+    def set_state(self, timings, expected, share=1.0):
+        """Takes over the states of the timings, and of `get_state`.
+
+        Args:
+            timings: As `Timings.get_state` gives them.
+            expected: As `get_state` gives it.
+            share: Number of replicas that the timings are of, divided by the
+                present one.
+        """
         self.timings.set_state(timings)
         if expected is not None:
             self._expected = throughput.StepTime(*expected)
         self.fit()
+        if share != 1.0 and self._step_time is not None:
+            self.timings.set_state(_shared(timings, self._step_time, share))
+            self.fit()
+
+
+def _shared(timings, step_time, share):
+    """Converts timings to another number of replicas.
+
+    An example costs a replica as much as before, but of each update it has
+    another share. The fixed cost stays.
+    """
+    expected = dataclasses.replace(
+        step_time, per_example=step_time.per_example * share
+    )
+    return {
+        size: [
+            one * expected(int(size)) / step_time(int(size)) for one in seconds
+        ]
+        for size, seconds in timings.items()
+    }

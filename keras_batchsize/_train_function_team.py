@@ -5,6 +5,7 @@ or several workers.
 """
 
 import dataclasses
+import math
 
 import tensorflow as tf
 
@@ -58,6 +59,10 @@ class OneDevice:
         """Returns a batch to build and try the model with."""
         total = slicing.number_of_examples(data)
         return self._examples(data, 0, min(total, exactness.TRIAL_EXAMPLES))
+
+    def communication(self, model):
+        """Returns the seconds that an all-reduce takes: there is none."""
+        return 0.0
 
     def agreed(self, measurement):
         """Returns the `Measurement` that everybody decides on."""
@@ -114,6 +119,12 @@ class Team:
             share = max(shares, key=slicing.number_of_examples)
         total = slicing.number_of_examples(share)
         return self._examples(share, 0, min(total, exactness.TRIAL_EXAMPLES))
+
+    def communication(self, model):
+        """Returns the seconds that an all-reduce of all gradients takes."""
+        size = sum(math.prod(one.shape) for one in model.trainable_weights)
+        seconds = replicas.all_reduce_seconds(self._strategy, size)
+        return self._workers.largest([seconds])[0]
 
     def agreed(self, measurement):
         """Returns the `Measurement` that all workers decide on.

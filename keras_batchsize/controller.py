@@ -353,6 +353,7 @@ class Controller:
             "healthy": self._healthy,
             "loss": finite_or_none(self.last.loss),
             "learning_rate": finite_or_none(self.last.learning_rate),
+            "replicas": self.replicas,
             "timings": self.timings.get_state(),
             "expected": self.speed.get_state(),
             "measuring": self.measuring.get_state(),
@@ -387,13 +388,10 @@ class Controller:
         self._changed_at = tuple(state["changed_at"])
         self._known_noise_scale = nan_if_none(state["known_noise_scale"])
         self._healthy = state["healthy"]
-        self.last = Measurement(
-            0,
-            0,
-            loss=state["loss"],
-            learning_rate=nan_if_none(state["learning_rate"]),
-        )
-        self.speed.set_state(state["timings"], state.get("expected"))
+        rate = nan_if_none(state["learning_rate"])
+        self.last = Measurement(0, 0, loss=state["loss"], learning_rate=rate)
+        share = state.get("replicas", self.replicas) / self.replicas
+        self.speed.set_state(state["timings"], state.get("expected"), share)
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])

@@ -7,10 +7,15 @@ Cutting a superbatch into R runs, as Keras does, would put examples together
 that one device never sees in one update.
 """
 
+import time
+
 import keras
 import tensorflow as tf
 
 from keras_batchsize import slicing
+
+# All-reduces that are timed at the start.
+_TIMED = 5
 
 SUPPORTED = (
     tf.distribute.MirroredStrategy,
@@ -157,6 +162,35 @@ def own_part(data, start, stop, replicas):
         for position in (start, stop)
     )
     return first, last - first
+
+
+def all_reduce_seconds(strategy, size):
+    """Times the all-reduce of a vector, the fastest of a few.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+        size: Numbers in the vector, of float32.
+
+    Returns:
+        Float; 0 for one replica.
+    """
+    if strategy.num_replicas_in_sync == 1:
+        return 0.0
+
+    def on_replica(vector):
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, vector)
+
+    function = tf.function(
+        lambda vector: strategy.run(on_replica, (vector,)), autograph=False
+    )
+    vector, seconds = tf.zeros((size,)), []
+    for _ in range(_TIMED + 1):
+        began = time.perf_counter()
+        for value in local_values(strategy, function(vector)):
+            value.numpy()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])  # The first one was traced.
 
 
 def own_rows(rows, start, stop, replicas):

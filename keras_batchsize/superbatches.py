@@ -25,6 +25,8 @@ from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
+from keras_batchsize._superbatches_optionals import has_optionals
+from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize.plan import largest_on_ladder
 
 # An epoch should have so many superbatches, to change the size within it, ...
@@ -83,8 +85,8 @@ class Superbatches(keras_private.DataAdapter):
         if self._arrays is not None:
             dataset = dataset.with_options(_arrays.pipeline_options())
         if self._sizes is not None:
-            if _has_optionals(dataset):
-                dataset = dataset.map(_without_nones)
+            if has_optionals(dataset):
+                dataset = dataset.map(without_nones)
             dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
         if self._strategy is not None and self._arrays is not None:
             dataset = replicas.Undistributed(dataset)
@@ -397,19 +399,3 @@ def _sizes(size, epoch):
     """Sizes of the superbatches of an epoch, the last one smaller."""
     whole, rest = divmod(epoch, size)
     return [size] * whole + [rest] * (rest > 0)
-
-
-def _has_optionals(dataset):
-    return any(
-        isinstance(spec, tf.OptionalSpec)
-        for spec in keras.tree.flatten(dataset.element_spec)
-    )
-
-
-def _without_nones(*data):
-    """Drops the `Optional`s by which Keras's adapters pass None."""
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
-        slicing.without_optionals(data)
-    )
-    packed = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-    return packed

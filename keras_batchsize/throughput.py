@@ -25,29 +25,35 @@ class StepTime:
     """The time of an update of B examples, T(B) = fixed + per_example·B.
 
     A batch that is accumulated from micro-batches pays the fixed cost for
-    each of them. Only the optimizer's share of it is paid once, but that share
-    cannot be told apart, so accumulation is never credited with a gain.
+    each of them. Of what is paid only once per update, the all-reduce over
+    replicas is timed by itself; the optimizer's share cannot be told apart.
 
     Attributes:
         fixed: Seconds per update that do not depend on the batch size.
         per_example: Seconds per example.
         largest: Largest batch size that is computed in one piece.
         guessed: Whether the two costs could not be told apart.
+        communication: Seconds per update of the all-reduce over replicas,
+            paid once also by a batch that is accumulated.
     """
 
     fixed: float
     per_example: float
     largest: float = math.inf
     guessed: bool = False
+    communication: float = 0.0
 
     def __call__(self, batch_size):
         """Returns the seconds that an update of `batch_size` examples takes."""
         pieces = max(batch_size / self.largest, 1.0)
-        return self.fixed * pieces + self.per_example * batch_size
+        computing = self.fixed * pieces + self.per_example * batch_size
+        return self.communication + computing
 
 
-def fit_step_time(batch_sizes, seconds, largest=math.inf):
-    """Fits T(B) = a·max(1, B/largest) + c·B to timed updates.
+def fit_step_time(
+    batch_sizes, seconds, largest=math.inf, communication=0.0
+):
+    """Fits T(B) = m + a·max(1, B/largest) + c·B to timed updates.
 
     Each size is represented by the lower quartile of its times: whatever else
     runs on a machine only ever adds time, often to several updates in a row,
@@ -64,6 +70,8 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
         batch_sizes: Sequence of batch sizes, in examples. Sizes may repeat.
         seconds: Sequence of seconds per update, positive, of the same length.
         largest: Largest batch size that is computed in one piece.
+        communication: Seconds m of the all-reduce, timed by itself. At most
+            half of the fastest update, since a network is slow at times.
 
     Returns:
         A `StepTime`.
@@ -87,6 +95,8 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
             f"to them. Received: seconds={seconds!r}. Leave out updates that "
             "were not timed."
         )
+    communication = min(communication, times.min() / 2.0)
+    times = times - communication
     groups = {}
     for size, one in zip(sizes.tolist(), times.tolist()):
         groups.setdefault(size, []).append(one)
@@ -97,8 +107,8 @@ def fit_step_time(batch_sizes, seconds, largest=math.inf):
     if len({min(size, largest) for _, size, _, _ in points}) == 1:
         half = statistics.median(t / k for k, _, t, _ in points) / 2.0
         per_example = half / min(points[0][1], largest)
-        return StepTime(half, per_example, largest, guessed=True)
-    return StepTime(*_line(points), largest)
+        return StepTime(half, per_example, largest, True, communication)
+    return StepTime(*_line(points), largest, False, communication)
 
 
 def _typical(seconds):
@@ -271,7 +281,8 @@ def time_optimal_batch_size(step_time, noise_scale):
     the geometric mean of the noise scale and of the "overhead batch" a/c, at
     which fixed and variable cost are equal. It is the form of McCandlish et
     al. 2018, App. D, with a measured number in the place of a trade-off knob.
-    Beyond `step_time.largest` accumulation adds no speed, so goodput falls.
+    Beyond `step_time.largest` only the all-reduce is left of the fixed cost:
+    T(B) = m + (a/largest + c)·B, which has its own optimum, if it lies there.
 
     Args:
         step_time: A `StepTime`.
@@ -281,10 +292,19 @@ def time_optimal_batch_size(step_time, noise_scale):
         Float, in examples; infinite if an example costs nothing and any
         number is computed in one piece.
     """
-    if step_time.per_example == 0.0:
-        return step_time.largest
-    overhead = step_time.fixed / step_time.per_example
-    return min(math.sqrt(noise_scale * overhead), step_time.largest)
+    largest, communication = step_time.largest, step_time.communication
+    per_example = step_time.per_example
+    if per_example > 0.0:
+        overhead = (step_time.fixed + communication) / per_example
+        inside = math.sqrt(noise_scale * overhead)
+        if inside <= largest:
+            return inside
+    elif largest == math.inf:
+        return largest
+    per_example += step_time.fixed / largest
+    if per_example == 0.0:
+        return largest
+    return max(largest, math.sqrt(noise_scale * communication / per_example))
 
 
 def saturation_batch_size(step_time, fraction=0.95):
@@ -299,8 +319,12 @@ def saturation_batch_size(step_time, fraction=0.95):
         number is computed in one piece.
     """
     fixed, per_example = step_time.fixed, step_time.per_example
+    communication = step_time.communication
     # Seconds per example at the largest throughput, and at a fraction of it.
     least = fixed / step_time.largest + per_example
     if least == 0.0:
         return math.inf
-    return fixed / (least / fraction - per_example)
+    size = (fixed + communication) / (least / fraction - per_example)
+    if size <= step_time.largest:
+        return size
+    return communication / (least / fraction - least)

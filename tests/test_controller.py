@@ -565,3 +565,20 @@ def test_state_fits_other_bounds():
     narrow.set_state(controller.get_state())
     assert narrow.batch_size == 128
     assert narrow.examples == controller.examples
+
+
+def test_speed_is_carried_over_to_another_number_of_replicas():
+    # Seconds 1e-3 + 2e-5 per example of a replica, on two of them.
+    controller = make_controller(replicas=2)
+    for size in (32, 64, 128):
+        controller.speed.add(size, 1e-3 + 2e-5 * size / 2)
+    state = json.loads(json.dumps(controller.get_state()))
+    state["batch_size"] = 64
+    for replicas in (1, 2, 8):
+        resumed = make_controller(replicas=replicas)
+        resumed.set_state(state)
+        assert resumed.batch_size == 64  # The same global batch goes on.
+        for size in (32, 64, 128):
+            assert resumed.timings.median(size) == pytest.approx(
+                1e-3 + 2e-5 * size / replicas, rel=1e-9
+            )

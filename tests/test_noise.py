@@ -724,3 +724,56 @@ def test_estimator_resumes_from_json_as_if_uninterrupted(cut):
             estimator.add([norms], examples)
         assert two.estimate() == one.estimate()
     assert two.skipped == one.skipped == 1
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3])
+def test_precision_of_replicas_follows_from_pairs_of_updates(signal):
+    # Gradients of two replicas in r equally strong directions.
+    rank, count, examples, level = 40, 2, 16, 5.0
+    random = np.random.default_rng(0)
+    truth = np.zeros(rank)
+    truth[0] = math.sqrt(signal)
+    spread = math.sqrt(level / rank * count / examples)
+
+    def squared_norm():
+        parts = truth + spread * random.normal(size=(count, rank))
+        norms = MicroBatchNorms(
+            np.square(parts).sum(axis=1).mean(),
+            np.square(parts.mean(axis=0)).sum(),
+            examples,
+            count,
+        )
+        return moments_of(norms).squared_norm
+
+    ranks = [
+        noise.inverse_rank_of_pair(
+            (squared_norm(), squared_norm()), examples, count, level, signal
+        )
+        for _ in range(4000)
+    ]
+    # A squared normal number spreads by √2 of its mean: 4 errors of the mean.
+    error = math.sqrt(2.0 / 4000)
+    assert np.mean(ranks) * rank == pytest.approx(1.0, abs=4.0 * error)
+
+
+def test_an_update_waits_for_another_of_its_kind():
+    estimator = NoiseScaleEstimator([1e4])
+    random = np.random.default_rng(0)
+
+    def add(examples):
+        parts = 1.0 + random.normal(size=(2, 40))
+        mean = np.square(parts.mean(axis=0)).sum()
+        micro = np.square(parts).sum(axis=1).mean()
+        norms = MicroBatchNorms(micro, mean, examples, 2)
+        estimator.add([norms], examples)
+
+    add(16)
+    assert not estimator.estimate().resolved
+    add(32)  # Another size: nothing to compare with.
+    waiting = estimator.get_state()
+    assert waiting["unpaired"][1:] == [32, 2]
+    add(32)
+    assert estimator.get_state()["unpaired"] is None
+    again = NoiseScaleEstimator([1e4])
+    again.set_state(json.loads(json.dumps(waiting)))
+    assert again.get_state() == waiting

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 
 import numpy as np
@@ -171,3 +172,15 @@ def test_bounds_that_leave_no_size_are_told_ones_that_do(bounds):
     for name in ("min_batch_size", "max_batch_size"):
         assert f"{name}={arguments[name]}" in text
     assert ladder_of(edited(arguments, text)).sizes
+
+
+@pytest.mark.parametrize(
+    ("base", "replicas", "smallest"),
+    # A base that is no multiple cannot be helped, but no size gets worse.
+    [(32, 1, 1), (32, 4, 4), (32, 8, 8), (48, 4, 12), (32, 3, 1), (24, 16, 24)],
+)
+def test_sizes_stay_multiples_of_the_replicas(base, replicas, smallest):
+    sizes = Ladder(base, 1, 4 * base, replicas=replicas).sizes
+    assert sizes[0] == smallest
+    common = math.gcd(base, replicas)
+    assert all(size % common == 0 for size in sizes)

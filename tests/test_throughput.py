@@ -314,3 +314,49 @@ def test_nothing_saturates_where_examples_cost_nothing():
 def test_times_that_cannot_be_fitted_are_named(sizes, seconds, named):
     with pytest.raises(ValueError, match=named):
         throughput.fit_step_time(sizes, seconds)
+
+
+# Largest piece and seconds of the all-reduce: without one, with one that
+# micro-batches save, and with one that costs more than everything else.
+SHARED = [(math.inf, 0.0), (math.inf, 1e-2), (256, 0.0), (256, 1e-3), (64, 1.0)]
+
+
+@pytest.mark.parametrize(("largest", "communication"), SHARED)
+@pytest.mark.parametrize(("fixed", "per_example", "noise_scale"), TASKS)
+def test_optimum_with_communication_is_found_by_a_search(
+    fixed, per_example, noise_scale, largest, communication
+):
+    step_time = StepTime(
+        fixed, per_example, largest, communication=communication
+    )
+    optimum = throughput.time_optimal_batch_size(step_time, noise_scale)
+    searched = np.geomspace(1.0, 1e8, 20_001)
+    goodputs = [
+        throughput.goodput(size, step_time, noise_scale, 32)
+        for size in searched
+    ]
+    best = throughput.goodput(optimum, step_time, noise_scale, 32)
+    # A step of the search is 0.1 %, which may miss the kink at the largest.
+    assert max(goodputs) <= best * (1.0 + 1e-6)
+    assert best <= max(goodputs) * (1.0 + 1e-3)
+
+
+@pytest.mark.parametrize(("largest", "communication"), SHARED)
+def test_saturation_has_the_fraction_it_is_asked_for(largest, communication):
+    step_time = StepTime(1e-3, 2e-5, largest, communication=communication)
+    size = throughput.saturation_batch_size(step_time)
+    speeds = [one / step_time(one) for one in (size, 1e12)]
+    assert speeds[0] == pytest.approx(0.95 * speeds[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("largest", [math.inf, 64])
+def test_fit_recovers_what_communication_leaves(largest):
+    truth = StepTime(1e-3, 2e-5, largest, communication=4e-4)
+    sizes = [16, 32, 64, 128, 256, 512]
+    seconds = [truth(size) for size in sizes]
+    fitted = throughput.fit_step_time(sizes, seconds, largest, 4e-4)
+    for size in sizes:
+        assert fitted(size) == pytest.approx(truth(size), rel=1e-9)
+    # A network that was slow when it was asked does not eat the whole update.
+    slow = throughput.fit_step_time(sizes, seconds, largest, 1.0)
+    assert slow.communication == min(seconds) / 2.0
