@@ -84,6 +84,18 @@ def at_hand(model, adapter, shuffle):
     return rows, arrays
 
 
+def specs_of(arrays):
+    """Returns the types of batches of arrays, of any number of examples."""
+    return keras.tree.map_structure(
+        lambda leaf: (
+            None
+            if leaf is None
+            else tf.TensorSpec([None] + leaf.shape[1:], leaf.dtype)
+        ),
+        arrays,
+    )
+
+
 def pipeline_options():
     """Options for a pipeline of row numbers, which has nothing to tune.
 

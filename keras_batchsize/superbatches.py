@@ -124,14 +124,7 @@ class Superbatches(keras_private.DataAdapter):
         """Types of a batch, where row numbers do not show them, or None."""
         if self._arrays is None:
             return None
-        return keras.tree.map_structure(
-            lambda leaf: (
-                None
-                if leaf is None
-                else tf.TensorSpec([None] + leaf.shape[1:], leaf.dtype)
-            ),
-            self._arrays,
-        )
+        return _arrays.specs_of(self._arrays)
 
     @property
     def examples_per_epoch(self):
