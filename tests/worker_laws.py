@@ -135,7 +135,7 @@ def one_all_reduce_per_update(strategy):
     data = tf.data.Dataset.from_tensor_slices((x, tuple(y.values()))).batch(24)
     data = next(iter(replicas.dealt_out(data, strategy)))
     graphs = ReplicaGraphs(model, 8, True)
-    graphs.build(data)
+    graphs.build(replicas.local_shares(strategy, data)[0])
     start, end = tf.constant(0), tf.constant(8)
     rate = learning_rate.rate_in_force(1.0, 1.0, 0, 0)
     update = graphs._update.get_concrete_function(data, start, end, rate, False)
