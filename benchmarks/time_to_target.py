@@ -146,7 +146,11 @@ def run(options, data, seed, method, size):
 
 
 def measure(options):
-    """Runs all methods and prints a line each, medians over the seeds."""
+    """Runs all methods and prints a line each, medians over the seeds.
+
+    Every seed goes through all methods before the next one starts, so that a
+    slow time of the machine does not meet one method only.
+    """
     data = workloads.load(options.data, options.path)
     wanted = [("plain", size) for size in SIZES]
     wanted += [("loop", size) for size in SIZES]
@@ -155,6 +159,10 @@ def measure(options):
         wanted = [
             one for one in wanted if f"{one[0]}-{one[1]}" in options.only
         ]
+    runs = {one: [] for one in wanted}
+    for seed in range(options.seeds):
+        for method, size in wanted:
+            runs[method, size].append(run(options, data, seed, method, size))
     print(
         f"{options.model} on {options.data}, {options.target:.1%} test "
         f"accuracy, rate {options.learning_rate} at {BASE}, median of "
@@ -162,19 +170,14 @@ def measure(options):
         "| method | from | seconds | (min to max) | examples | updates "
         "| tracing s |\n|---|---|---|---|---|---|---|"
     )
-    for method, size in wanted:
-        runs = [
-            run(options, data, seed, method, size)
-            for seed in range(options.seeds)
-        ]
-        seconds, examples, updates, tracing = map(sorted, zip(*runs))
-        middle = len(runs) // 2
+    middle = options.seeds // 2
+    for (method, size), results in runs.items():
+        seconds, examples, updates, tracing = map(sorted, zip(*results))
         print(
             f"| {method} | {size} | {seconds[middle]:.2f} | "
             f"{seconds[0]:.2f} to {seconds[-1]:.2f} | "
             f"{examples[middle]:,.0f} | {updates[middle]:,.0f} | "
-            f"{tracing[middle]:.1f} |",
-            flush=True,
+            f"{tracing[middle]:.1f} |"
         )
 
 
