@@ -13,6 +13,7 @@ of its own:
 
     python benchmarks/memory_probe.py
     python benchmarks/memory_probe.py --models cnn --limits 400
+    python benchmarks/memory_probe.py --models cnn --limits 400 --plot a.png
 
 Seconds leave out importing and building. Run with nothing else on the machine,
 they are comparable; the rest of the table does not depend on that.
@@ -125,6 +126,15 @@ def run_probe(model, x, y, _):
     }
 
 
+def draw(model, x, y, path):
+    """Probes, prints the profile and draws it."""
+    import keras_batchsize as kb
+
+    profile = kb.find_max_batch_size(model, batches(x, y, 32), time_budget=300)
+    profile.summary()
+    profile.plot(to_file=path)
+
+
 def run_fit(model, x, y, size):
     """Trains five steps by plain `fit`, and counts those that went well."""
     import keras
@@ -208,7 +218,7 @@ def largest_part(name, policy, limit, size):
         tried = int(tried * 1.25) + 1
         found = in_process("fit", name, policy, limit, tried)
         if found is None or found["steps"] < STEPS:
-            return size / tried
+            return size / (tried - 1)
     return 0.0
 
 
@@ -257,7 +267,17 @@ def main():
     parser.add_argument("--policies", nargs="+", default=["float32"])
     parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--plot",
+        help="only probe the first model, at the first limit, and draw it",
+    )
     arguments = parser.parse_args()
+    if arguments.plot:
+        os.environ["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
+        os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(arguments.limits[0])
+        parts = make(arguments.models[0], arguments.policies[0])
+        draw(*parts, arguments.plot)
+        return
     if arguments.run:
         child(arguments)
         return

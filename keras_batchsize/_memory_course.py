@@ -7,12 +7,14 @@ import time
 
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
+from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
 from keras_batchsize.size_search import Trial
+from keras_batchsize.workers import Workers
 
 OUT_OF_MEMORY = "out of memory"
 
@@ -38,6 +40,8 @@ class Course:
         self._trials = []
         self._predicted = {}
         self._notes = []
+        strategy = replicas.strategy_of(model)
+        self._workers = None if strategy is None else Workers(strategy)
         # Others may hold memory on the device, too.
         self._resident = max(
             float(workload.resident_bytes), float(meter.current() or 0)
@@ -48,11 +52,11 @@ class Course:
             # A little into the margin: a size that overshoots is no failure.
             data = examples.data_bytes if meter.holds_data else 0
             self._hard += (self._limit - data - self._usable) / 4.0
-        replicas = model.distribute_strategy.num_replicas_in_sync
+        count = replicas.count(model)
         # What fragmentation may take, in bytes per example.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
-        self._hole /= replicas
-        self._bounds = self._make_bounds(replicas)
+        self._hole /= count
+        self._bounds = self._make_bounds(count)
 
     def _budget(self):
         """Returns the limit, what of it may be used, and what it is."""
@@ -61,6 +65,8 @@ class Course:
         if meter.peak() is None:
             return given, None, size_search.MEMORY
         own, reason = meter.limit()
+        if own is not None:
+            own = 1.0 / self._agreed(1.0 / own)[0]
         if given is not None and (own is None or given <= own):
             own, reason = given, size_search.MEMORY
         if own is None:
@@ -70,25 +76,25 @@ class Course:
         data = self._examples.data_bytes if meter.holds_data else 0
         return own, usable - data, reason
 
-    def _growth(self, replicas):
+    def _growth(self, count):
         growth = self._workload.growth
-        return None if growth is None else (growth + self._hole) / replicas
+        return None if growth is None else (growth + self._hole) / count
 
-    def _make_bounds(self, replicas):
+    def _make_bounds(self, count):
         cap, reason = self._limits.maximum, "maximum"
         if self._examples.count < cap:
             cap, reason = self._examples.count, "dataset"
-        cap = max(cap // replicas * replicas, replicas)
-        start = math.ceil(self._limits.start / replicas) * replicas
+        cap = max(cap // count * count, count)
+        start = math.ceil(self._limits.start / count) * count
         return Bounds(
             start=start,
             cap=cap,
             cap_reason=reason,
             usable_bytes=self._usable,
             hard_bytes=self._hard,
-            multiple_of=replicas,
+            multiple_of=count,
             memory_reason=self._reason,
-            growth_bytes=self._growth(replicas),
+            growth_bytes=self._growth(count),
         )
 
     def run(self):
@@ -134,8 +140,21 @@ class Course:
         )
 
     def _seconds_left(self):
-        spent = time.perf_counter() - self._started
+        (spent,) = self._agreed(time.perf_counter() - self._started)
         return self._limits.time_budget - spent
+
+    def _agreed(self, *values):
+        """Returns the largest of each value on all workers.
+
+        All of them must try the same sizes, or they wait for each other for
+        ever; the fullest and the slowest counts.
+
+        Args:
+            *values: Positive numbers; one that is not known counts as 0.
+        """
+        if self._workers is None or self._workers.number == 1:
+            return list(values)
+        return self._workers.slowest(values)
 
     def _predict(self, size):
         """Remembers what the line through the two largest lets expect."""
@@ -166,6 +185,9 @@ class Course:
         if ran is None:
             return Trial(size, failed=True, trial_seconds=elapsed)
         plain, peak, seconds = ran
+        seconds, elapsed = self._agreed(seconds, elapsed)
+        if peak is not None:
+            plain, peak = self._agreed(plain, peak)
         if peak is not None:
             # What accumulating adds are sums, whatever the size.
             constant += peak - plain
@@ -208,6 +230,7 @@ class Course:
         else:
             peak = ran[0]
             if peak is not None:
+                (peak,) = self._agreed(peak)
                 peak += self._hole * size
             worse = dataclasses.replace(
                 best, peak_bytes=_most(best.peak_bytes, peak)

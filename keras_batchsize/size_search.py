@@ -216,7 +216,10 @@ def _extrapolated(trials, best, bounds):
 def _cannot_exceed(goal, best, bounds):
     """The largest size whose peak cannot be above `goal`."""
     constant, peak = best.constant_bytes, best.peak_bytes
-    size = best.batch_size * (goal - constant) / (peak - constant)
+    ratio = (goal - constant) / (peak - constant)
+    if ratio > 2.0:
+        ratio = max(ratio / _RISE, 2.0)
+    size = best.batch_size * ratio
     if bounds.growth_bytes:
         added = (goal - peak) / bounds.growth_bytes
         size = max(size, best.batch_size + added)

@@ -147,6 +147,31 @@ def test_host_meter_sees_what_a_process_takes():
     assert _memory_host.available_bytes() > 0
 
 
+def test_workers_agree_on_the_fullest_and_the_slowest(monkeypatch):
+    class TwoWorkers:
+        """The other worker needs twice as much, and has half the memory."""
+
+        number = 2
+
+        def slowest(self, values):
+            return [2.0 * value for value in values]
+
+    course = memory.Course
+    agreed = course._agreed
+
+    def with_another(self, *values):
+        self._workers = TwoWorkers()
+        return agreed(self, *values)
+
+    arguments = {"constant": 0, "slope": 0.01 * MB}
+    alone = probe(FakeMeter(limit=100 * MB, **arguments))
+    monkeypatch.setattr(course, "_agreed", with_another)
+    both = probe(FakeMeter(limit=100 * MB, **arguments))
+    assert both.memory_limit == 50 * MB
+    quarter = alone.max_batch_size / 4
+    assert 0.85 * quarter <= both.max_batch_size <= 1.15 * quarter
+
+
 # What it leaves.
 
 
