@@ -35,6 +35,8 @@ _LARGEST_JUMP = 32
 _BLIND_JUMP = 4
 # Of what is there for batches it aims at so much: peaks of equal steps differ.
 _AIM = 0.97
+# By so much (peak - constant)/size was seen to rise over a jump of any length.
+_RISE = 1.15
 # A size that takes so much of what is there for batches is large enough.
 _ENOUGH = 0.93
 # Steps that gain less are not worth a trial.
