@@ -8,6 +8,7 @@ per law. Run it by hand as `python tests/replica_laws.py 3 [law ...]`.
 import hashlib
 import json
 import sys
+import tempfile
 import time
 import traceback
 
@@ -20,6 +21,7 @@ from comparing import compiled
 from comparing import dense
 from comparing import plain
 
+import keras_batchsize as kb
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize.policies import BatchSizeSchedule
@@ -457,6 +459,64 @@ def mirrored(number):
     return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(number)]
     )
+
+
+@law(2)
+def callbacks_alone_on_a_plain_fit(strategy):
+    """Keras hands out runs of each superbatch; all examples count once."""
+    x, y = comparing.regression(128)
+    model = comparing.seeded(under(strategy, comparing.offset()))
+    history = model.fit(
+        x,
+        y,
+        batch_size=32,
+        verbose=0,
+        callbacks=[kb.DynamicBatchSize("fixed", initial_batch_size=8)],
+    )
+    expected = 0.5 * np.square(0.5 - x).sum(axis=1).mean()
+    np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-5)
+    assert history.history["batch_size"] == [8]
+
+
+class Interrupted(Exception):
+    """Ends a training in the middle."""
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise Interrupted
+
+
+@law(4)
+def training_resumes_on_another_number_of_replicas(strategy):
+    """From one device to 4 replicas: the same global batch goes on."""
+    data = comparing.regression()
+    policy = {"policy": BatchSizeSchedule({1: 32}), "epochs": 4}
+    policy["shuffle"] = False
+    whole = adaptive(momentum(), *data, **policy)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            adaptive(
+                momentum(),
+                *data,
+                callbacks=[kb.BackupAndRestore(folder), Interrupt()],
+                **policy,
+            )
+        except Interrupted:
+            pass
+        resumed = adaptive(
+            under(strategy, momentum()),
+            *data,
+            callbacks=[kb.BackupAndRestore(folder)],
+            **policy,
+        )
+    assert resumed.model.history.epoch == [2, 3]
+    assert resumed.history["batch_size"] == [32, 32]
+    for one, other in zip(resumed.model.weights, whole.model.weights):
+        np.testing.assert_allclose(
+            one.numpy(), other.numpy(), rtol=4 * RTOL, atol=4 * RTOL
+        )
 
 
 def try_out(strategy, laws):
