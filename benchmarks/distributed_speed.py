@@ -5,8 +5,8 @@ by seconds of the trainer (above 1: the trainer is faster), the median over
 pairs of runs made one after the other, in one process with logical CPUs:
 
 - `plain`: `model.fit` under the same strategy;
-- `noise free`: the trainer without measuring, so below 1 is what the free
-  measurement of the noise costs;
+- `noise free`: the trainer without the norms that measure the noise at every
+  update, divided by the trainer with them;
 - `one device`: the trainer without a strategy. Logical CPUs share the cores,
   so this is no speed-up but what sharing an update costs.
 

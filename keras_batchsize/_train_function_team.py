@@ -86,7 +86,7 @@ class Team:
         self._strategy = strategy
         self._examples = examples
         # Row numbers of arrays go to all replicas, examples are dealt out.
-        self._is_dealt_out = examples is slicing.examples
+        self._is_dealt_out = not slicing.takes_rows(examples)
         self._workers = Workers(strategy)
         self.is_alone = self._workers.number == 1
 

@@ -57,7 +57,7 @@ class ReplicaGraphs:
         # that a user distributes can make them.
         self.uneven = False
         self._examples = examples
-        self._is_dealt_out = examples is slicing.examples
+        self._is_dealt_out = not slicing.takes_rows(examples)
         self._model = model
         self._base = base_batch_size
         self._strategy = model.distribute_strategy

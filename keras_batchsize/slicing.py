@@ -1,5 +1,7 @@
 """Cutting nested batches of examples along their first axis."""
 
+import functools
+
 import keras
 import tensorflow as tf
 
@@ -86,6 +88,17 @@ def gathered(arrays, rows, start, size):
     rows = examples(rows, start, size)
     return keras.tree.map_structure(
         lambda leaf: None if leaf is None else tf.gather(leaf, rows), arrays
+    )
+
+
+def takes_rows(examples):
+    """Whether a function of examples is given row numbers, to gather them.
+
+    Args:
+        examples: Function (superbatch, start, size) that returns a batch.
+    """
+    return isinstance(examples, functools.partial) and (
+        examples.func is gathered
     )
 
 
