@@ -217,10 +217,12 @@ async function look() {
   if (state.looking) return;
   state.looking = true;
   try {
-    const listed = await fetchJson("runs");
-    takeOver(listed);
+    const before = [...state.runs.keys()].join();
+    takeOver(await fetchJson("runs"));
     listRuns();
-    await load();
+    // Fifty runs take a while to draw: not again where nothing is new.
+    const isNew = before !== [...state.runs.keys()].join();
+    await load(isNew || !state.loaded);
     page.status.textContent = "";
   } catch (error) {
     page.status.textContent = `No news: ${error.message}. Trying again.`;
@@ -259,10 +261,11 @@ function labelOf(name) {
 const isChosen = (run) => state.chosen[run.name] ?? run.atFirst;
 
 /** Fetches what is chosen and new; some at a time, shown as they come. */
-async function load() {
+async function load(draws = true) {
   const wanted = [...state.runs.values()].filter(
     (run) => isChosen(run) && run.data?.version !== run.listed.version,
   );
+  const hasNews = wanted.length > 0;
   const fetchNext = async () => {
     for (let run = wanted.pop(); run; run = wanted.pop()) {
       const data = await fetchRun(run.listed);
@@ -271,7 +274,7 @@ async function load() {
     }
   };
   await Promise.all([1, 2, 3, 4].map(fetchNext));
-  draw();
+  if (draws || hasNews) draw();
 }
 
 // Drawing.
