@@ -132,8 +132,7 @@ def read_examples(model, x, y=None, sample_weight=None):
         shuffle=False,
     )
     # The replicas get their shares when a batch is made.
-    superbatches.strategy = None
-    first = next(iter(superbatches.get_tf_dataset().take(1)), None)
+    first = next(iter(superbatches.get_whole_dataset().take(1)), None)
     if first is None:
         raise ValueError(
             "The data must hold examples: a training step is run on them. "

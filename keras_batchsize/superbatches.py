@@ -81,6 +81,15 @@ class Superbatches(keras_private.DataAdapter):
         Under a strategy examples are dealt out to the replicas already, and
         row numbers go to all of them.
         """
+        dataset = self.get_whole_dataset()
+        if self._strategy is None:
+            return dataset
+        if self._arrays is not None:
+            return replicas.Undistributed(dataset)
+        return replicas.dealt_out(dataset, self._strategy)
+
+    def get_whole_dataset(self):
+        """Returns the superbatches as one device would read them."""
         dataset = self._adapter.get_tf_dataset()
         if self._arrays is not None:
             dataset = dataset.with_options(_arrays.pipeline_options())
@@ -88,10 +97,6 @@ class Superbatches(keras_private.DataAdapter):
             if has_optionals(dataset):
                 dataset = dataset.map(without_nones)
             dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
-        if self._strategy is not None and self._arrays is not None:
-            dataset = replicas.Undistributed(dataset)
-        elif self._strategy is not None:
-            dataset = replicas.dealt_out(dataset, self._strategy)
         return dataset
 
     @property

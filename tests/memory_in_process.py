@@ -178,6 +178,10 @@ def replicas_are_left_as_they_were():
                 np.testing.assert_array_equal(one, other)
             assert profile.replicas == 2 and profile.max_batch_size == 40
             assert all(row.batch_size % 2 == 0 for row in profile.rows)
+            # A dataset is dealt out to the replicas on another way.
+            dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+            profile = kb.find_max_batch_size(model, dataset, maximum=40)
+            assert profile.max_batch_size == 40
         history = trainer.fit(*data, batch_size=8, epochs=2, verbose=0)
         outcomes.append(history.history["loss"])
     assert outcomes[0] == outcomes[1], outcomes
