@@ -6,6 +6,7 @@ or several workers.
 
 import dataclasses
 import math
+import warnings
 
 import tensorflow as tf
 
@@ -92,6 +93,14 @@ class Team:
 
     def make_graphs(self, model, base_batch_size, measures):
         """Returns the `ReplicaGraphs` of a model."""
+        if model.jit_compile:
+            warnings.warn(
+                "`jit_compile` has no effect under a strategy: what replicas "
+                "exchange is not compiled. Received: jit_compile=True under "
+                f"{type(self._strategy).__name__}. Compile the model with "
+                "jit_compile=False.",
+                stacklevel=2,
+            )
         return ReplicaGraphs(model, base_batch_size, measures, self._examples)
 
     def extent(self, data):

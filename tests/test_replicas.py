@@ -7,8 +7,10 @@ tries all its laws once; each law is a test here.
 import json
 import pathlib
 
+import comparing
 import pytest
 import replica_laws
+import tensorflow as tf
 
 PROGRAM = pathlib.Path(replica_laws.__file__)
 REPLICAS = (2, 3, 4)
@@ -51,3 +53,14 @@ def outcome_of(run_python):
 def test_replicas_are_one_device(outcome_of, number, law):
     error = outcome_of(number, law)
     assert error is None, error
+
+
+def test_xla_under_a_strategy_is_said_to_have_no_effect():
+    def under_a_strategy():
+        with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
+            return comparing.compiled(comparing.dense, jit_compile=True)()
+
+    with pytest.warns(UserWarning, match="jit_compile.* no effect"):
+        comparing.adaptive(
+            under_a_strategy, *comparing.regression(), policy="fixed"
+        )
