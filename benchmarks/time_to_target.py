@@ -24,6 +24,7 @@ import tensorflow as tf
 import workloads
 
 import keras_batchsize as kb
+from keras_batchsize.train_function import AdaptiveTrainFunction
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 BASE = 32
@@ -92,7 +93,7 @@ class Clock(keras.callbacks.Callback):
 
     def _step(self):
         function = self.model.train_function
-        if not isinstance(function, kb.train_function.AdaptiveTrainFunction):
+        if not isinstance(function, AdaptiveTrainFunction):
             self.updates += 1
             return self._batch_size, self._batch_size, not self._steps
         controller = function.controller
