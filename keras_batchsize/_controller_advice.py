@@ -3,6 +3,7 @@
 import math
 
 from keras_batchsize import throughput
+from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
 
 # Where examples cost next to nothing, goodput need not have a maximum.
@@ -12,9 +13,10 @@ _LARGEST_RECOMMENDED = 2**20
 def recommended_batch_size(controller):
     """Returns the size that the measurements speak for, on no bounds.
 
-    The B₀·2ᵏ of the largest goodput if more than one size was timed, else the
-    next to the noise scale itself (McCandlish et al. 2018: there, updates and
-    examples are each twice their minimum).
+    That of the largest goodput, among the sizes of an endless ladder, if more
+    than one size was timed, else the next to the noise scale itself
+    (McCandlish et al. 2018: there, updates and examples are each twice their
+    minimum).
 
     Args:
         controller: A `Controller`.
@@ -27,18 +29,24 @@ def recommended_batch_size(controller):
         return None
     if step_time is None or step_time.guessed:
         return largest_on_ladder(
-            controller.ladder.base, estimate.value * math.sqrt(2.0)
+            controller.ladder.base,
+            estimate.value * math.sqrt(2.0),
+            controller.replicas,
         )
     return _size_of_largest_goodput(controller, step_time, estimate.value)
 
 
 def _size_of_largest_goodput(controller, step_time, noise_scale):
-    """Doubles B₀ while that speeds up; goodput has one maximum only."""
+    """Grows B₀ while that speeds up; goodput has one maximum only."""
     base = size = controller.ladder.base
-    while size < _LARGEST_RECOMMENDED and 1.0 < throughput.speedup(
-        size, 2 * size, step_time, noise_scale, base, controller.efficiency
-    ):
-        size *= 2
+    most = max(base, _LARGEST_RECOMMENDED)
+    ladder = Ladder(base, base, most, replicas=controller.replicas)
+    for larger in ladder.sizes[1:]:
+        if 1.0 >= throughput.speedup(
+            size, larger, step_time, noise_scale, base, controller.efficiency
+        ):
+            break
+        size = larger
     return size
 
 

@@ -105,7 +105,9 @@ class GrowOnPlateau(BatchSizePolicy):
         elif state["cooling"] <= 0:
             state["wait"] += 1
             if state["wait"] >= self.patience:
-                state["wished"] = status.batch_size * self.factor
+                grown = status.batch_size * self.factor
+                # Replicas may leave a wider gap than a factor of two.
+                state["wished"] = max(grown, status.larger)
                 state["cooling"], state["wait"] = self.cooldown, 0
 
     def wish(self, status):

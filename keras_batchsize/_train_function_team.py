@@ -51,6 +51,9 @@ class OneDevice:
         """Returns the `UpdateGraphs` of a model."""
         return UpdateGraphs(model, base_batch_size, splits, self._examples)
 
+    def tell_cost_of(self, batch_size):
+        """Says what a base batch size costs: one device shares nothing."""
+
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end."""
         total = slicing.number_of_examples(data)
@@ -102,6 +105,26 @@ class Team:
                 stacklevel=2,
             )
         return ReplicaGraphs(model, base_batch_size, measures, self._examples)
+
+    def tell_cost_of(self, batch_size):
+        """Says what a base batch size costs that is not shared evenly.
+
+        Args:
+            batch_size: Examples per update, as the user stated it.
+        """
+        number = self._strategy.num_replicas_in_sync
+        even = math.ceil(batch_size / number) * number
+        if even == batch_size:
+            return
+        warnings.warn(
+            "A batch size is best a multiple of the number of replicas: with "
+            f"shares that differ, {1.0 - batch_size / even:.0%} of their time "
+            "is spent waiting for the largest, and the next size that may be "
+            f"used is {math.lcm(batch_size, number)}. Received: "
+            f"batch_size={batch_size} with {number} replicas. It is kept as it "
+            f"is; batch_size={even} would cost nothing.",
+            stacklevel=2,
+        )
 
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end.
@@ -189,6 +212,7 @@ def checked_graphs(team, model, controller, data, cuts=False):
     splits = measures or team.replicated
     if splits:
         exactness.check_step(model)
+    team.tell_cost_of(controller.ladder.base)
     graphs = team.make_graphs(model, controller.clock.batch_size, measures)
     sample = team.sample(data)
     first = min(slicing.number_of_examples(sample), 1)

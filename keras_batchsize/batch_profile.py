@@ -116,7 +116,9 @@ class BatchProfile:
         smallest = min(self.rows[0].batch_size, self.max_batch_size)
         if not math.isfinite(size):
             return self.max_batch_size
-        return min(max(math.ceil(size), smallest), self.max_batch_size)
+        # `max_batch_size` is a multiple of the number of replicas, too.
+        size = math.ceil(size / self.replicas) * self.replicas
+        return min(max(size, smallest), self.max_batch_size)
 
     @property
     def best_examples_per_second(self):

@@ -27,6 +27,7 @@ from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
+from keras_batchsize.plan import multiples_in_words
 from keras_batchsize.report import Report
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
@@ -118,18 +119,19 @@ class DynamicBatchSize(keras.callbacks.Callback):
             ValueError: If it is not on the ladder of the initial size.
         """
         base = self.initial_batch_size
-        fitting = largest_on_ladder(base, superbatch_size)
+        number = replicas.count(self.model)
+        fitting = largest_on_ladder(base, superbatch_size, number)
         if superbatch_size < base or superbatch_size != fitting:
             if self.params.get("steps") == 1:
                 fitting *= 2 if superbatch_size > fitting else 1
             else:
                 raise ValueError(
                     "The batch size given to `fit` must be "
-                    "`initial_batch_size` times a power of two: it is the "
-                    "superbatch that updates are cut from. Received: "
-                    f"batch_size={superbatch_size}, "
-                    f"initial_batch_size={base}. Use "
-                    f"model.fit(..., batch_size={fitting * 2})."
+                    f"`initial_batch_size` {multiples_in_words(base, number)}"
+                    ": it is the superbatch that updates are cut from. "
+                    f"Received: batch_size={superbatch_size}, "
+                    f"initial_batch_size={base}. Use model.fit(..., "
+                    f"batch_size={math.lcm(fitting * 2, number)})."
                 )
         measure = self.measure_every if self.policy.needs_noise else None
         if not self.policy.needs_noise and self.measure_every != "auto":

@@ -54,14 +54,18 @@ class Ladder:
     itself on the ladder, is cut into whole batches, or a batch is made of
     whole superbatches.
 
+    Every size is a multiple of the number of replicas R, or the replicas with
+    larger shares would make the others wait. Only the base is kept as it was
+    given; where it is no multiple of R, the next size is their least common
+    multiple. It could lie closer to the base, but would not be cut from the
+    same superbatch any more.
+
     Attributes:
         base: The base batch size B₀, in examples.
         minimum: Smallest size that may be used.
         maximum: Largest size that may be used.
         base_name: What the caller calls the base size.
-        replicas: Number of replicas that share an update. Sizes stay
-            multiples of it as far as the base is one: replicas with larger
-            shares would make the others wait.
+        replicas: Number R of replicas that share an update.
     """
 
     base: int
@@ -114,14 +118,15 @@ class Ladder:
     def sizes(self):
         """All sizes, in increasing order."""
         smaller, size = [], self.base
-        step = 2 * math.gcd(self.base, self.replicas)
-        while size % step == 0 and size // 2 >= self.minimum:
+        while size % (2 * self.replicas) == 0 and size // 2 >= self.minimum:
             size //= 2
             smaller.append(size)
-        larger, size = [self.base], self.base
-        while size * 2 <= self.maximum:
+        larger, size = [self.base], math.lcm(self.base, self.replicas)
+        if size == self.base:
             size *= 2
+        while size <= self.maximum:
             larger.append(size)
+            size *= 2
         return tuple(reversed(smaller)) + tuple(larger)
 
     def nearest(self, batch_size):
@@ -140,15 +145,65 @@ class Ladder:
         return sizes[max(index - 1, 0)], sizes[min(index + 1, len(sizes) - 1)]
 
 
-def largest_on_ladder(base_batch_size, limit):
-    """Returns the largest base·2ᵏ, k >= 0, that is at most `limit`.
+def largest_on_ladder(base_batch_size, limit, replicas=1):
+    """Returns the largest size of a `Ladder` that is at most `limit`.
 
     Args:
         base_batch_size: B₀, in examples.
         limit: Largest size wanted, in examples.
+        replicas: Number of replicas that share an update.
 
     Returns:
-        Integer; `base_batch_size` if the limit is smaller.
+        Integer, B₀·2ᵏ for one replica; `base_batch_size` if the limit is
+        smaller than the next size.
     """
-    ratio = max(int(limit // base_batch_size), 1)
-    return base_batch_size * 2 ** (ratio.bit_length() - 1)
+    common = math.lcm(base_batch_size, replicas)
+    ratio = int(limit // common)
+    if ratio < 1:
+        return base_batch_size
+    return common * 2 ** (ratio.bit_length() - 1)
+
+
+def multiples_in_words(base_batch_size, replicas=1):
+    """Says how larger sizes on a `Ladder` follow from its base.
+
+    Args:
+        base_batch_size: B₀, in examples.
+        replicas: Number of replicas that share an update.
+
+    Returns:
+        Text that follows the name of the base.
+    """
+    share = math.lcm(base_batch_size, replicas) // base_batch_size
+    if share == 1:
+        return "times a power of two"
+    return f"times {share} and a power of two, for {replicas} replicas"
+
+
+def checked_superbatch_size(given, base_batch_size, replicas=1):
+    """Returns a superbatch size that lies on the ladder of a base.
+
+    Args:
+        given: Examples per superbatch, as the user stated it.
+        base_batch_size: B₀, in examples.
+        replicas: Number of replicas that share an update.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is not on the ladder.
+    """
+    given = _checks.positive_int(
+        "superbatch_size",
+        given,
+        "it counts the examples of a Keras step",
+        f"Use superbatch_size={16 * math.lcm(base_batch_size, replicas)}.",
+    )
+    fitting = largest_on_ladder(base_batch_size, given, replicas)
+    if given != fitting:
+        raise ValueError(
+            "`superbatch_size` must be the base batch size "
+            f"{multiples_in_words(base_batch_size, replicas)}, so that every "
+            f"size divides it. Received: superbatch_size={given}, "
+            f"batch_size={base_batch_size}. Use superbatch_size={fitting}."
+        )
+    return given

@@ -27,6 +27,7 @@ from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
+from keras_batchsize.plan import checked_superbatch_size
 from keras_batchsize.plan import largest_on_ladder
 
 # An epoch should have so many superbatches, to change the size within it, ...
@@ -199,7 +200,9 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
-    size = _superbatch_size(superbatch_size, base, epoch)
+    size = _superbatch_size(
+        superbatch_size, base, epoch, replicas.count(model)
+    )
     sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
@@ -222,7 +225,8 @@ def _dealt_out_already(model, x, batch_size, steps_per_epoch):
     bounds = _bounds(_Batched(x, size, None), adapter)
     result = Superbatches(adapter, None, bounds)
     result.base_batch_size = base = batch_size or size
-    result.superbatch_size = _checked_superbatch_size(size, base)
+    number = replicas.count(model)
+    result.superbatch_size = checked_superbatch_size(size, base, number)
     if steps_per_epoch is not None:
         result.steps_per_epoch = math.ceil(steps_per_epoch * base / size)
     return result
@@ -363,34 +367,17 @@ def _examples_of_epoch(bounds, steps_per_epoch, base):
     return math.inf if bounds is None else bounds[1]
 
 
-def _superbatch_size(given, base, epoch):
+def _superbatch_size(given, base, epoch, number):
     if given is not None:
-        return _checked_superbatch_size(given, base)
-    if epoch == math.inf:
-        return base * _BATCHES_OF_UNKNOWN
-    limit = max(
-        epoch / _SUPERBATCHES_PER_EPOCH,
-        min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
-        min(_SMALLEST_SUPERBATCH, epoch),
-    )
-    return largest_on_ladder(base, limit)
-
-
-def _checked_superbatch_size(given, base):
-    given = _checks.positive_int(
-        "superbatch_size",
-        given,
-        "it counts the examples of a Keras step",
-        f"Use superbatch_size={base * _BATCHES_PER_SUPERBATCH}.",
-    )
-    if given != largest_on_ladder(base, given):
-        raise ValueError(
-            "`superbatch_size` must be the base batch size times a power of "
-            "two, so that every size divides it. Received: "
-            f"superbatch_size={given}, batch_size={base}. Use "
-            f"superbatch_size={largest_on_ladder(base, given)}."
+        return checked_superbatch_size(given, base, number)
+    limit = base * _BATCHES_OF_UNKNOWN
+    if epoch < math.inf:
+        limit = max(
+            epoch / _SUPERBATCHES_PER_EPOCH,
+            min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
+            min(_SMALLEST_SUPERBATCH, epoch),
         )
-    return given
+    return largest_on_ladder(base, limit, number)
 
 
 def _sizes(size, epoch):

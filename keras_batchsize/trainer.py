@@ -70,8 +70,8 @@ class AdaptiveTrainer:
             examples in an epoch. Above the superbatch gradients are
             accumulated.
         superbatch_size: Examples per Keras step, the base batch size times a
-            power of two. None for a sixteenth of an epoch, at least 16 base
-            batches.
+            power of two (and a multiple of the replicas). None for a
+            sixteenth of an epoch, at least 16 base batches.
         measure_every: Measure one update in so many; "auto" for as often as
             2 % of the time pay for.
         tensorboard: Folder to write to for TensorBoard, or the
@@ -315,7 +315,9 @@ class AdaptiveTrainer:
                 limit = examples / _LARGEST_PART
             if self._profile is not None and memory.on_accelerator():
                 limit = self._profile.max_batch_size
-            maximum = largest_on_ladder(base, limit)
+            maximum = largest_on_ladder(
+                base, limit, replicas.count(self.model)
+            )
         return Ladder(
             base,
             base if minimum is None else minimum,

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 
 import comparing
 import keras
@@ -24,6 +25,7 @@ from comparing import plain
 import keras_batchsize as kb
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
+from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.replica_graphs import ReplicaGraphs
 
@@ -36,15 +38,17 @@ RTOL, RTOL_ADAPTIVE = 5e-5, 5e-4
 
 LAWS = {}
 
+REPLICAS = (2, 3, 4)
+
 # Of all weights and logs, to be compared between workers.
 DIGESTS = []
 
 
 def law(*replica_numbers):
-    """Registers a law that is tried for some numbers of replicas."""
+    """Registers a law; where numbers of replicas are given, for these only."""
 
     def register(function):
-        LAWS[function.__name__] = (function, replica_numbers)
+        LAWS[function.__name__] = (function, replica_numbers or REPLICAS)
         return function
 
     return register
@@ -72,10 +76,21 @@ def assert_replicas_agree(model):
     DIGESTS.append(values.hexdigest())
 
 
+def superbatch_of(strategy, batch_size=comparing.BASE):
+    """About 32 examples; three replicas hold 8 in uneven shares."""
+    return largest_on_ladder(
+        batch_size, comparing.SUPERBATCH, strategy.num_replicas_in_sync
+    )
+
+
 def assert_one_device(strategy, make_model, *data, rtol=RTOL, **arguments):
     """Compares with plain `fit` on one device, at a fixed batch size."""
-    size = arguments.pop("superbatch_size", comparing.SUPERBATCH)
-    ours_only = {"policy": "fixed", "superbatch_size": size}
+    ours_only = {
+        "policy": "fixed",
+        "superbatch_size": arguments.pop(
+            "superbatch_size", superbatch_of(strategy)
+        ),
+    }
     theirs = plain(make_model, *data, **arguments)
     ours = adaptive(
         under(strategy, make_model), *data, **ours_only, **arguments
@@ -94,7 +109,7 @@ def momentum(**options):
     )
 
 
-@law(2, 3, 4)
+@law()
 def momentum_is_that_of_one_device(strategy):
     """Shuffled; the last update and the last of validation are ragged."""
     arguments = {"validation_split": 0.3}
@@ -141,17 +156,17 @@ def a_batch_may_be_smaller_than_the_replicas(strategy):
         momentum(),
         *comparing.regression(11),
         batch_size=2,
-        superbatch_size=4,
+        superbatch_size=6,
     )
 
 
-@law(2)
+@law()
 def clipnorm_clips_the_sum(strategy):
     make = compiled(dense, optimizer=lambda: optimizers.SGD(0.1, clipnorm=0.1))
     assert_one_device(strategy, make, *comparing.regression())
 
 
-@law(3)
+@law()
 def global_clipnorm_clips_the_sum(strategy):
     make = compiled(
         dense, optimizer=lambda: optimizers.SGD(0.1, global_clipnorm=0.1)
@@ -159,7 +174,7 @@ def global_clipnorm_clips_the_sum(strategy):
     assert_one_device(strategy, make, *comparing.regression())
 
 
-@law(4)
+@law()
 def clipvalue_clips_the_sum(strategy):
     make = compiled(
         dense, optimizer=lambda: optimizers.SGD(0.1, clipvalue=0.02)
@@ -167,7 +182,7 @@ def clipvalue_clips_the_sum(strategy):
     assert_one_device(strategy, make, *comparing.regression())
 
 
-@law(2)
+@law()
 def adam_with_average_weights_and_regularisers(strategy):
     def regularised():
         return dense(kernel_regularizer="l2", activity_regularizer="l1")
@@ -183,7 +198,7 @@ def adam_with_average_weights_and_regularisers(strategy):
     )
 
 
-@law(3)
+@law()
 def adamw_with_a_schedule(strategy):
     make = compiled(
         dense,
@@ -196,7 +211,7 @@ def adamw_with_a_schedule(strategy):
     )
 
 
-@law(4)
+@law()
 def weight_decay_and_constraints(strategy):
     def constrained():
         return dense(kernel_constraint=keras.constraints.MaxNorm(0.7))
@@ -210,7 +225,7 @@ def weight_decay_and_constraints(strategy):
     assert_one_device(strategy, make, *comparing.regression())
 
 
-@law(3)
+@law()
 def sample_weights(strategy):
     weights = np.random.default_rng(1).uniform(size=comparing.EXAMPLES)
     # Some shares weigh nothing at all.
@@ -225,14 +240,15 @@ def sample_weights(strategy):
         )
 
 
-@law(2)
+@law()
 def several_outputs(strategy):
     make = comparing.in_two_outputs(lambda: optimizers.SGD(0.05))
     assert_one_device(strategy, make, *comparing.for_two_outputs())
 
 
 def assert_sizes_are_those_of_one_device(strategy, policy, **arguments):
-    data = comparing.regression()
+    """The base size is a multiple of all numbers of replicas."""
+    data = comparing.regression(210)
     make = momentum()
     theirs = adaptive(make, *data, policy=policy(), epochs=4, **arguments)
     ours = adaptive(
@@ -247,28 +263,77 @@ def assert_sizes_are_those_of_one_device(strategy, policy, **arguments):
     return ours
 
 
-@law(2, 3, 4)
+@law()
 def the_size_may_rise_and_fall(strategy):
     ours = assert_sizes_are_those_of_one_device(
         strategy,
-        lambda: BatchSizeSchedule({1: 32, 2: 16, 3: 4}),
-        min_batch_size=4,
+        lambda: BatchSizeSchedule({1: 96, 2: 48, 3: 12}),
+        batch_size=24,
+        min_batch_size=12,
+        superbatch_size=96,
     )
-    assert ours.history["batch_size"] == [8, 32, 16, 4]
+    assert ours.history["batch_size"] == [24, 96, 48, 12]
 
 
-@law(2, 3)
+@law()
 def a_batch_may_be_larger_than_a_superbatch(strategy):
     ours = assert_sizes_are_those_of_one_device(
         strategy,
-        lambda: BatchSizeSchedule({1: 64, 3: 8}),
-        superbatch_size=16,
-        max_batch_size=64,
+        lambda: BatchSizeSchedule({1: 96, 3: 12}),
+        learning_rate_scaling="sqrt",
+        batch_size=12,
+        superbatch_size=24,
+        max_batch_size=96,
     )
-    assert ours.history["batch_size"] == [8, 64, 64, 8]
+    assert ours.history["batch_size"] == [12, 96, 96, 12]
 
 
-@law(2, 3, 4)
+@law(3, 4)
+def sizes_are_multiples_of_the_replicas(strategy):
+    """A base that is none is kept, its cost told; all others are multiples."""
+    number = strategy.num_replicas_in_sync
+    larger = {3: 30, 4: 20}[number]
+    x, y = comparing.regression()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = adaptive(
+            under(strategy, momentum()),
+            x,
+            y,
+            policy=BatchSizeSchedule({1: 25}),
+            learning_rate_scaling="none",
+            batch_size=10,
+            superbatch_size=None,
+            max_batch_size=70,
+            shuffle=False,
+        )
+    [told] = [str(one.message) for one in caught if "multiple" in str(one)]
+    assert "17%" in told and "batch_size=12 would cost nothing" in told, told
+    assert f"used is {larger}." in told, told
+    assert ours.history["batch_size"] == [10, larger]
+    theirs = plain(momentum(), x, y, batch_size=10, epochs=1, shuffle=False)
+    theirs.model.fit(
+        x, y, batch_size=larger, initial_epoch=1, epochs=2, shuffle=False,
+        verbose=0,
+    )
+    for one, other in zip(ours.model.weights, theirs.model.weights):
+        np.testing.assert_allclose(
+            one.numpy(), other.numpy(), rtol=RTOL, atol=RTOL
+        )
+
+
+@law(3, 4)
+def a_probe_tries_multiples_of_the_replicas(strategy):
+    number = strategy.num_replicas_in_sync
+    model = comparing.seeded(under(strategy, momentum()))
+    profile = kb.find_max_batch_size(model, *comparing.regression(71))
+    assert profile.max_batch_size == 71 // number * number
+    sizes = [row.batch_size for row in profile.rows]
+    for size in (*sizes, profile.saturation_batch_size):
+        assert size % number == 0 and size >= number
+
+
+@law()
 def norms_are_those_of_the_shares(strategy):
     """The gradients of `offset` are w - x: all moments are known."""
     number = strategy.num_replicas_in_sync
@@ -309,7 +374,7 @@ def norms_are_those_of_the_shares(strategy):
             )
 
 
-@law(2, 3)
+@law()
 def noise_scale_comes_free_with_every_update(strategy):
     x, y = comparing.regression(4096)
     make = comparing.offset()
@@ -318,8 +383,8 @@ def noise_scale_comes_free_with_every_update(strategy):
         x,
         y,
         policy="measure",
-        batch_size=16,
-        superbatch_size=256,
+        batch_size=12,
+        superbatch_size=192,
         epochs=4,
     )
     estimate = ours.result.noise_scale
@@ -333,7 +398,7 @@ def noise_scale_comes_free_with_every_update(strategy):
     assert ours.result.report.settings["measuring_share"] == 0.0
 
 
-@law(2, 3)
+@law()
 def an_infinity_on_the_last_replica_skips_the_update(strategy):
     number = strategy.num_replicas_in_sync
 
@@ -386,7 +451,7 @@ def an_infinity_on_the_last_replica_skips_the_update(strategy):
     assert_replicas_agree(ours.model)
 
 
-@law(2)
+@law()
 def batch_norm_is_that_of_keras(strategy):
     """Each replica normalises by its own share, as under Keras's own `fit`.
 
@@ -398,7 +463,8 @@ def batch_norm_is_that_of_keras(strategy):
         model = keras.Sequential(
             [
                 keras.Input((comparing.FEATURES,)),
-                keras.layers.Dense(6),
+                # A bias would be normalised away, and its gradient be noise.
+                keras.layers.Dense(6, use_bias=False),
                 keras.layers.BatchNormalization(momentum=0.7),
                 keras.layers.Dense(1),
             ]
@@ -406,13 +472,21 @@ def batch_norm_is_that_of_keras(strategy):
         model.compile(optimizer=optimizers.SGD(0.05), loss="mse")
         return model
 
-    x, y = comparing.regression(64)
-    dealt = np.arange(64).reshape(-1, 4, 2).swapaxes(1, 2).reshape(-1)
+    number = strategy.num_replicas_in_sync
+    x, y = comparing.regression(96)
+    dealt = np.arange(96).reshape(-1, 12 // number, number)
+    dealt = dealt.swapaxes(1, 2).reshape(-1)
+    arguments = {"batch_size": 12, "shuffle": False}
     theirs = plain(
-        under(strategy, make_model), x[dealt], y[dealt], shuffle=False
+        under(strategy, make_model), x[dealt], y[dealt], **arguments
     )
     ours = adaptive(
-        under(strategy, make_model), x, y, policy="fixed", shuffle=False
+        under(strategy, make_model),
+        x,
+        y,
+        policy="fixed",
+        superbatch_size=48,
+        **arguments,
     )
     comparing.assert_close(ours, theirs, RTOL)
     for one, other in zip(ours.model.weights, theirs.model.weights):
@@ -423,7 +497,7 @@ def batch_norm_is_that_of_keras(strategy):
             np.testing.assert_allclose(own, its, rtol=RTOL, atol=RTOL)
 
 
-@law(2)
+@law()
 def every_kind_of_input(strategy):
     x, y = comparing.regression()
 
@@ -444,7 +518,7 @@ def every_kind_of_input(strategy):
             data,
             policy="fixed",
             batch_size=10,
-            superbatch_size=20,
+            superbatch_size=superbatch_of(strategy, 10),
             steps_per_epoch=steps,
             epochs=1,
         )

@@ -62,6 +62,17 @@ def test_saturation_stays_within_what_was_run():
     assert 1 <= one.saturation_batch_size <= 5
 
 
+def test_saturation_is_a_multiple_of_the_replicas():
+    for replicas in (2, 3, 7):
+        most = 100 // replicas * replicas
+        alone = profile(max_batch_size=most).saturation_batch_size
+        size = profile(
+            max_batch_size=most, replicas=replicas
+        ).saturation_batch_size
+        assert size % replicas == 0
+        assert size == most or 0 <= size - alone < replicas
+
+
 def test_memory_line():
     constant, slope = profile().memory_line()
     assert constant == pytest.approx(50 * MB)

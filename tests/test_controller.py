@@ -485,6 +485,34 @@ def test_measuring_recommends_the_noise_scale():
     assert recommended_batch_size(controller) == 32 * 2**doublings
 
 
+@pytest.mark.parametrize("sizes", [1, 3])
+@pytest.mark.parametrize("replicas", [3, 4, 7])
+def test_what_is_recommended_suits_the_replicas(sizes, replicas):
+    controller = make_controller(policies.Measure())
+    trained(controller, Machine(5000.0), 60)
+    for size in (32, 64, 128)[:sizes]:
+        controller.speed.add(size, 1e-3 + 2e-6 * size)
+    alone = recommended_batch_size(controller)
+    controller.replicas = replicas
+    size = recommended_batch_size(controller)
+    assert alone > 256 and size % replicas == 0
+    assert 0.5 < size / alone < 2.0
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5, 7])
+def test_a_resumed_size_suits_the_new_number_of_replicas(replicas):
+    controller = make_controller(policies.Fixed(256))
+    trained(controller, Machine(500.0), 10)
+    assert controller.batch_size == 256
+    ladder = Ladder(32, 32, SUPERBATCH, replicas=replicas)
+    resumed = make_controller(ladder=ladder, replicas=replicas)
+    resumed.set_state(controller.get_state())
+    if replicas in (1, 2):
+        assert resumed.batch_size == 256
+    assert resumed.batch_size % replicas == 0
+    assert abs(math.log2(resumed.batch_size / 256)) <= 0.5
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])
 def test_a_rule_must_return_a_positive_number(factor):
     controller = make_controller(rule=lambda ratio, noise_scale: factor)

@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import math
 import re
 
 import numpy as np
 import pytest
 
 from keras_batchsize.plan import Ladder
+from keras_batchsize.plan import checked_superbatch_size
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import plan_for
 
@@ -19,6 +19,11 @@ LADDERS = [
     Ladder(25, 5, 1000),
     Ladder(7, 7, 7),
     Ladder(1, 1, 1000),
+]
+SHARED = [
+    Ladder(base, 1, 4096, replicas=replicas)
+    for base in (1, 10, 24, 32, 48)
+    for replicas in (1, 2, 3, 4, 6, 7, 8, 64)
 ]
 
 
@@ -34,7 +39,7 @@ def test_sizes_are_the_doublings_of_the_base_between_the_bounds(ladder):
     assert all(isinstance(size, int) for size in ladder.sizes)
 
 
-@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("ladder", LADDERS + SHARED)
 def test_every_size_divides_every_larger_one(ladder):
     for small, large in itertools.combinations(ladder.sizes, 2):
         assert large % small == 0
@@ -174,13 +179,48 @@ def test_bounds_that_leave_no_size_are_told_ones_that_do(bounds):
     assert ladder_of(edited(arguments, text)).sizes
 
 
-@pytest.mark.parametrize(
-    ("base", "replicas", "smallest"),
-    # A base that is no multiple cannot be helped, but no size gets worse.
-    [(32, 1, 1), (32, 4, 4), (32, 8, 8), (48, 4, 12), (32, 3, 1), (24, 16, 24)],
-)
-def test_sizes_stay_multiples_of_the_replicas(base, replicas, smallest):
-    sizes = Ladder(base, 1, 4 * base, replicas=replicas).sizes
-    assert sizes[0] == smallest
-    common = math.gcd(base, replicas)
-    assert all(size % common == 0 for size in sizes)
+@pytest.mark.parametrize("ladder", SHARED)
+def test_every_size_but_the_base_is_a_multiple_of_the_replicas(ladder):
+    base, replicas, sizes = ladder.base, ladder.replicas, ladder.sizes
+    shared = [
+        size
+        for size in range(1, ladder.maximum + 1)
+        if size % replicas == 0 and (size % base == 0 or base % size == 0)
+    ]
+    assert base in sizes
+    assert set(sizes) <= {base, *shared}
+    # The neighbours of the base are the nearest there can be.
+    above = min(size for size in shared if size > base and size % base == 0)
+    assert ladder.neighbours(base)[1] == above
+    assert set(shared) & {base // 2} <= set(sizes)
+    for small, large in itertools.pairwise(sizes):
+        assert large == 2 * small or small == base
+
+
+@pytest.mark.parametrize("ladder", SHARED)
+def test_largest_on_ladder_is_the_last_of_the_ladder(ladder):
+    for limit in (*ladder.sizes, 100.5, 1000, 4096):
+        bounded = Ladder(
+            ladder.base,
+            ladder.base,
+            max(int(limit), ladder.base),
+            replicas=ladder.replicas,
+        )
+        largest = largest_on_ladder(ladder.base, limit, ladder.replicas)
+        assert largest == bounded.sizes[-1]
+
+
+@pytest.mark.parametrize("ladder", SHARED)
+def test_a_superbatch_lies_on_the_ladder(ladder):
+    base, replicas = ladder.base, ladder.replicas
+    above = [size for size in ladder.sizes if size >= base]
+    for size in above:
+        assert checked_superbatch_size(size, base, replicas) == size
+    for size in {*range(base, 200)} - {*above}:
+        with pytest.raises(ValueError) as caught:
+            checked_superbatch_size(size, base, replicas)
+        text = str(caught.value)
+        mended = int(re.search(r"Use superbatch_size=(\d+)", text)[1])
+        assert mended in above
+        [factor] = re.findall(r"times (\d+) and a power", text) or ["1"]
+        assert above[1] in (2 * base, int(factor) * base)

@@ -507,6 +507,17 @@ def test_batch_grows_exactly_when_keras_would_reduce_the_rate(
             assert size == 32 / keras.rate
 
 
+@pytest.mark.parametrize("replicas", [1, 3, 5, 7])
+def test_plateau_grows_to_the_next_size_however_far(replicas):
+    policy = policies.GrowOnPlateau("loss", patience=1)
+    ladder = Ladder(32, 32, 4096, replicas=replicas)
+    smaller, larger = ladder.neighbours(32)
+    status = policies.Status(32, 32, smaller, larger)
+    for _ in range(2):
+        policy.on_epoch_end(status, {"loss": 1.0})
+    assert ladder.nearest(policy.wish(status)) == larger
+
+
 def test_plateau_resumes_from_its_state():
     one = policies.GrowOnPlateau("loss", patience=2, cooldown=1)
     values = [3.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]

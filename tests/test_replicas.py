@@ -13,7 +13,6 @@ import replica_laws
 import tensorflow as tf
 
 PROGRAM = pathlib.Path(replica_laws.__file__)
-REPLICAS = (2, 3, 4)
 # Seconds for all laws of a process; about 40 on a quiet machine.
 TIME_LIMIT = 500
 
@@ -45,7 +44,7 @@ def outcome_of(run_python):
     ("number", "law"),
     [
         (number, name)
-        for number in REPLICAS
+        for number in replica_laws.REPLICAS
         for name, (_, numbers) in replica_laws.LAWS.items()
         if number in numbers
     ],
