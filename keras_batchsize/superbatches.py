@@ -200,9 +200,7 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
-    size = _superbatch_size(
-        superbatch_size, base, epoch, replicas.count(model)
-    )
+    size = _superbatch_size(superbatch_size, base, epoch, model)
     sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
@@ -367,7 +365,8 @@ def _examples_of_epoch(bounds, steps_per_epoch, base):
     return math.inf if bounds is None else bounds[1]
 
 
-def _superbatch_size(given, base, epoch, number):
+def _superbatch_size(given, base, epoch, model):
+    number = replicas.count(model)
     if given is not None:
         return checked_superbatch_size(given, base, number)
     limit = base * _BATCHES_OF_UNKNOWN
