@@ -5,8 +5,11 @@ has a process of its own, which tries all its laws and prints one line of JSON
 per law. Run it by hand as `python tests/replica_laws.py 3 [law ...]`.
 """
 
+import functools
 import hashlib
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -562,35 +565,95 @@ class Interrupt(keras.callbacks.Callback):
             raise Interrupted
 
 
-@law(4)
-def training_resumes_on_another_number_of_replicas(strategy):
-    """From one device to 4 replicas: the same global batch goes on."""
-    data = comparing.regression()
-    policy = {"policy": BatchSizeSchedule({1: 32}), "epochs": 4}
-    policy["shuffle"] = False
-    whole = adaptive(momentum(), *data, **policy)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            adaptive(
-                momentum(),
-                *data,
-                callbacks=[kb.BackupAndRestore(folder), Interrupt()],
-                **policy,
-            )
-        except Interrupted:
-            pass
-        resumed = adaptive(
-            under(strategy, momentum()),
-            *data,
-            callbacks=[kb.BackupAndRestore(folder)],
-            **policy,
-        )
+# The size grows in the second epoch; training stops before the third.
+RESUMED = {
+    "epochs": 4,
+    "batch_size": 12,
+    "superbatch_size": 24,
+    "max_batch_size": 48,
+    "shuffle": False,
+}
+
+
+def with_a_schedule(make_model, *callbacks):
+    """Trains with growing batches; on the way it may be stopped."""
+    return adaptive(
+        make_model,
+        *comparing.regression(),
+        callbacks=list(callbacks),
+        policy=BatchSizeSchedule({1: 48}),
+        **RESUMED,
+    )
+
+
+def stopped(make_model, folder):
+    """Leaves a backup of two epochs in a folder."""
+    backup = kb.BackupAndRestore(folder)
+    try:
+        with_a_schedule(make_model, backup, Interrupt())
+    except Interrupted:
+        return
+    raise AssertionError("it was not interrupted")
+
+
+def assert_resumes(make_model, folder):
+    """Compares with one device that trained all along."""
+    whole = with_a_schedule(momentum())
+    resumed = with_a_schedule(make_model, kb.BackupAndRestore(folder))
     assert resumed.model.history.epoch == [2, 3]
-    assert resumed.history["batch_size"] == [32, 32]
-    for one, other in zip(resumed.model.weights, whole.model.weights):
+    assert resumed.history["batch_size"] == [48, 48]
+    for name in ("loss", "mae"):
         np.testing.assert_allclose(
-            one.numpy(), other.numpy(), rtol=4 * RTOL, atol=4 * RTOL
+            resumed.history[name], whole.history[name][2:], rtol=4 * RTOL
         )
+    assert list(resumed.variables) == list(whole.variables)
+    for path, value in whole.variables.items():
+        np.testing.assert_allclose(
+            resumed.variables[path],
+            value,
+            rtol=4 * RTOL,
+            atol=4 * RTOL,
+            err_msg=path,
+        )
+    counts = ("examples", "updates", "base_steps", "clock")
+    ours, theirs = resumed.result.get_state(), whole.result.get_state()
+    assert [ours[one] for one in counts] == [theirs[one] for one in counts]
+
+
+@law(4)
+def training_resumes_on_more_replicas(strategy):
+    """From one device to 4 replicas."""
+    with tempfile.TemporaryDirectory() as folder:
+        stopped(momentum(), folder)
+        assert_resumes(under(strategy, momentum()), folder)
+
+
+@functools.cache
+def left_by_two_replicas():
+    """Returns a function from a folder: it gets what another process left."""
+    kept = tempfile.TemporaryDirectory()
+    subprocess.run(
+        [sys.executable, __file__, "2", "stopped", kept.name], check=True
+    )
+
+    def copied(folder):
+        shutil.copytree(kept.name, folder, dirs_exist_ok=True)
+
+    return copied
+
+
+@law(4)
+def two_replicas_are_resumed_by_four(strategy):
+    with tempfile.TemporaryDirectory() as folder:
+        left_by_two_replicas()(folder)
+        assert_resumes(under(strategy, momentum()), folder)
+
+
+@law(4)
+def two_replicas_are_resumed_by_one_device(strategy):
+    with tempfile.TemporaryDirectory() as folder:
+        left_by_two_replicas()(folder)
+        assert_resumes(momentum(), folder)
 
 
 def try_out(strategy, laws):
@@ -622,4 +685,7 @@ def main(number, names):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2:3] == ["stopped"]:
+        stopped(under(mirrored(int(sys.argv[1])), momentum()), sys.argv[3])
+    else:
+        main(int(sys.argv[1]), sys.argv[2:])
