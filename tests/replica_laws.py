@@ -291,6 +291,31 @@ def a_batch_may_be_larger_than_a_superbatch(strategy):
     assert ours.history["batch_size"] == [12, 96, 96, 12]
 
 
+@law(2, 3)
+def eager_training_is_that_of_one_device(strategy):
+    """Uneven shares, then batches of several micro-batches."""
+    data = comparing.regression(38)
+    assert_one_device(strategy, momentum(run_eagerly=True), *data, epochs=1)
+    large = {
+        "policy": BatchSizeSchedule({0: 24}),
+        "batch_size": 6,
+        "superbatch_size": 12,
+        "max_batch_size": 24,
+    }
+    theirs = adaptive(momentum(), *data, **large)
+    ours = adaptive(
+        under(strategy, momentum(run_eagerly=True)), *data, **large
+    )
+    del theirs.history["examples_per_second"]
+    comparing.assert_close(ours, theirs, RTOL)
+    x, y = data
+    np.testing.assert_allclose(
+        ours.result.evaluate(x, y, verbose=0),
+        theirs.result.evaluate(x, y, verbose=0),
+        rtol=RTOL,
+    )
+
+
 @law(3, 4)
 def sizes_are_multiples_of_the_replicas(strategy):
     """A base that is none is kept, its cost told; all others are multiples."""
