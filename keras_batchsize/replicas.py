@@ -218,10 +218,7 @@ def dealt_out(dataset, strategy):
     """Deals the examples of each element out to the replicas, in turn.
 
     Every worker runs the whole pipeline and keeps what belongs to its own
-    replicas, as under the policy DATA of `tf.data`. With several workers its
-    other policies are respected: under FILE, and under AUTO where there are
-    files enough, a worker reads files of its own; under OFF it reads all of
-    its pipeline.
+    replicas, as under the policy DATA of `tf.data`.
 
     Args:
         dataset: A `tf.data.Dataset` of superbatches, the same on all workers.
@@ -230,8 +227,6 @@ def dealt_out(dataset, strategy):
     Returns:
         A `tf.distribute.DistributedDataset`.
     """
-    if _is_sharded_otherwise(dataset, strategy):
-        return strategy.experimental_distribute_dataset(dataset)
     is_tuple = isinstance(dataset.element_spec, tuple)
 
     def shares_of_worker(context):
@@ -276,16 +271,39 @@ class Undistributed(tf.distribute.DistributedDataset):
         return self._dataset.reduce(initial_state, reduce_func)
 
 
-def _is_sharded_otherwise(dataset, strategy):
-    local = len(strategy.extended.worker_devices)
-    if strategy.num_replicas_in_sync == local:
-        return False
+def copies_read(model, dataset):
+    """Says what several workers train on, by the sharding policy of a dataset.
+
+    Under FILE, and under AUTO where there are files enough, a worker reads
+    files of its own; under OFF it reads all of its pipeline; under DATA and
+    under AUTO without files too, but examples are dealt out.
+
+    Args:
+        model: A Keras model.
+        dataset: A `tf.data.Dataset` of batches.
+
+    Returns:
+        How often each example is trained on in an epoch, where every worker
+        trains on all it reads; None where examples are dealt out.
+    """
+    number = workers(model)
+    if number == 1:
+        return None
     policies = tf.data.experimental.AutoShardPolicy
     policy = dataset.options().experimental_distribute.auto_shard_policy
-    if policy != policies.AUTO:
-        return policy != policies.DATA
+    if policy == policies.OFF:
+        return number
+    if policy == policies.AUTO:
+        strategy = model.distribute_strategy
+        return 1 if _is_read_by_file(dataset, strategy) else None
+    return None if policy == policies.DATA else 1
+
+
+def _is_read_by_file(dataset, strategy):
     options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = policies.FILE
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.FILE
+    )
     by_file = dataset.with_options(options)
     try:
         iter(strategy.experimental_distribute_dataset(by_file))

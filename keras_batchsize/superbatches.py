@@ -58,6 +58,7 @@ class Superbatches(keras_private.DataAdapter):
             hands over, or None if it hands over examples.
         model: The model to whose replicas they are dealt out; None where they
             are already.
+        copies: What `replicas.copies_read` returns.
 
     Attributes:
         base_batch_size: B₀, in examples.
@@ -65,12 +66,15 @@ class Superbatches(keras_private.DataAdapter):
         steps_per_epoch: What to pass to Keras as `steps_per_epoch`.
     """
 
-    def __init__(self, adapter, sizes, bounds, arrays=None, model=None):
+    def __init__(
+        self, adapter, sizes, bounds, arrays=None, model=None, copies=None
+    ):
         self.base_batch_size = None
         self.superbatch_size = None
         self._strategy = model and replicas.strategy_of(model)
         self._arrays = arrays
         self._adapter = adapter
+        self._copies = copies
         self._sizes = sizes
         self._bounds = bounds
         # Told the number, Keras makes one iterator per epoch instead of two.
@@ -87,6 +91,8 @@ class Superbatches(keras_private.DataAdapter):
             return dataset
         if self._arrays is not None:
             return replicas.Undistributed(dataset)
+        if self._copies:
+            return self._strategy.experimental_distribute_dataset(dataset)
         return replicas.dealt_out(dataset, self._strategy)
 
     def get_whole_dataset(self):
@@ -97,18 +103,20 @@ class Superbatches(keras_private.DataAdapter):
         if self._sizes is not None:
             if has_optionals(dataset):
                 dataset = dataset.map(without_nones)
-            dataset = dataset.rebatch(self._sizes).prefetch(tf.data.AUTOTUNE)
+            # What is read apart cannot be cut short at the same place.
+            sizes = self._sizes[:1] if self._copies else self._sizes
+            dataset = dataset.rebatch(sizes).prefetch(tf.data.AUTOTUNE)
         return dataset
 
     @property
     def num_batches(self):
         """Superbatches in one pass over the data, or None if not known."""
-        if self._bounds is None:
-            return None
+        if self._bounds is None or self._copies == 1:
+            return None  # Until the last worker has read all its files.
         if self._sizes is None:
             return self._adapter.num_batches
         least, most = (self._superbatches_of(count) for count in self._bounds)
-        return most if least == most else None
+        return most * (self._copies or 1) if least == most else None
 
     def _superbatches_of(self, examples):
         rounds, rest = divmod(examples, sum(self._sizes))
@@ -136,8 +144,10 @@ class Superbatches(keras_private.DataAdapter):
     def examples_per_epoch(self):
         """Examples in an epoch (at most, by a batch), or None."""
         if self._sizes is not None and len(self._sizes) > 1:
+            if self._copies:
+                return len(self._sizes) * self._sizes[0]
             return sum(self._sizes)
-        return None if self._bounds is None else self._bounds[1]
+        return self._bounds and self._bounds[1] * (self._copies or 1)
 
     @property
     def batch_size(self):
@@ -209,7 +219,7 @@ def make_superbatches(
         adapter, arrays = _arrays.at_hand(model, adapter, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
-    result = Superbatches(adapter, sizes, bounds, arrays, model)
+    result = Superbatches(adapter, sizes, bounds, arrays, model, data.copies)
     result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
         result.steps_per_epoch = len(sizes)
@@ -237,16 +247,19 @@ class _Batched(NamedTuple):
         x: The input, in batches or as arrays.
         batch_size: Examples in its batches; None for arrays.
         examples: Examples in one pass over it, if known exactly.
+        copies: What `replicas.copies_read` returns.
     """
 
     x: Any
     batch_size: int | None
     examples: int | None
+    copies: int | None = None
 
 
 def _batched(x, y, sample_weight, model, batch_size):
     if isinstance(x, tf.data.Dataset):
-        return _batched_dataset(x, model, batch_size)
+        data = _batched_dataset(x, model, batch_size)
+        return data._replace(copies=replicas.copies_read(model, data.x))
     if isinstance(x, keras.utils.PyDataset):
         return _of_first_batch(x, None if x.num_batches == 0 else x[0])
     if isinstance(x, types.GeneratorType):

@@ -46,6 +46,7 @@ OF_REPLICAS = (
     "noise_scale_comes_free_with_every_update",
     "an_infinity_on_the_last_replica_skips_the_update",
     "every_kind_of_input",
+    "eager_training_is_that_of_one_device",
 )
 
 LAWS = {name: replica_laws.LAWS[name][0] for name in OF_REPLICAS}
@@ -159,28 +160,138 @@ def workers_that_are_not_seeded_shuffle_alike(strategy):
     np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-6)
 
 
-@law
-def files_are_shared_out(strategy):
-    """Under AUTO each worker reads a file of its own, and all are read."""
-    x, _ = comparing.regression(64)
+SHARDING = tf.data.experimental.AutoShardPolicy
+NUMBERED = 64
+
+
+def numbers(folder=None, policy=SHARDING.AUTO):
+    """Returns a dataset of the numbers below 64, and what was read of it.
+
+    Args:
+        folder: Where to put four files that hold them, of 17, 3, 13 and 31;
+            None for no files.
+        policy: How workers share it.
+    """
+    data, read = tf.data.Dataset.range(NUMBERED), []
+    if folder is not None:
+        files = [os.path.join(folder, f"{part}.tfrecord") for part in range(4)]
+        bounds = (0, 17, 20, 33, NUMBERED)
+        for file, start, end in zip(files, bounds, bounds[1:]):
+            with tf.io.TFRecordWriter(file) as writer:
+                for number in range(start, end):
+                    writer.write(str(number).encode())
+        data = tf.data.TFRecordDataset(files).map(
+            lambda text: tf.strings.to_number(text, tf.int64)
+        )
+
+    def note(number):
+        read.append(int(number))
+        return number
+
+    def one_hot(number):
+        number = tf.numpy_function(note, [number], tf.int64)
+        return tf.one_hot(tf.ensure_shape(number, ()), NUMBERED), [0.0]
+
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = policy
+    return data.map(one_hot).batch(8).with_options(options), read
+
+
+def trained_on(strategy, data, **arguments):
+    """Trains for an epoch; returns how often each number was trained on.
+
+    The loss is the mean of w[number] and the rate is 1, so that an update of
+    8 examples takes 1/8 off the weight of each.
+
+    Returns:
+        Array of 64 counts, larger than that for numbers in smaller updates,
+        and the examples of all updates.
+    """
+
+    def make_model():
+        dense = keras.layers.Dense(
+            1, use_bias=False, kernel_initializer="zeros"
+        )
+        model = keras.Sequential([keras.Input((NUMBERED,)), dense])
+        model.compile(
+            keras.optimizers.SGD(1.0),
+            loss=lambda y, y_pred: keras.ops.mean(y_pred, axis=-1),
+        )
+        return model
+
+    model = comparing.seeded(under(strategy, make_model))
+    trainer = kb.AdaptiveTrainer(
+        model, "fixed", superbatch_size=16, verbose=0
+    )
+    trainer.fit(data, batch_size=8, verbose=0, **arguments)
+    counts = -8.0 * model.get_weights()[0][:, 0]
+    return counts, trainer.get_state()["examples"]
+
+
+def assert_dealt_out(strategy, folder, policy):
+    """Each worker reads all numbers; each is trained on once."""
+    data, read = numbers(folder, policy)
+    counts, examples = trained_on(strategy, data, steps_per_epoch=8)
+    np.testing.assert_allclose(counts, 1.0, rtol=1e-5)
+    assert examples == NUMBERED and set(read) == {*range(NUMBERED)}
+
+
+def assert_files_apart(strategy, policy):
+    """Each worker reads files of its own; each number is trained on once."""
     with tempfile.TemporaryDirectory() as folder:
-        files = []
-        for part in range(2):
-            files.append(os.path.join(folder, f"part-{part}.csv"))
-            np.savetxt(files[-1], x[part::2], fmt="%.9g", delimiter=",")
-        data = tf.data.TextLineDataset(files)
-        data = data.map(
-            lambda line: tf.strings.to_number(tf.strings.split(line, ","))
-        )
-        data = data.map(lambda row: (tf.ensure_shape(row, (5,)), row[:1]))
-        data = data.batch(8).apply(tf.data.experimental.assert_cardinality(8))
-        model = comparing.seeded(under(strategy, comparing.offset()))
-        history = kb.fit(
-            model, data, batch_size=8, superbatch_size=16, policy="fixed",
-            epochs=2, verbose=0,
-        )
-    expected = 0.5 * np.square(0.5 - x).sum(axis=1).mean()
-    np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-5)
+        data, read = numbers(folder, policy)
+        data = data.apply(tf.data.experimental.assert_cardinality(8))
+        counts, examples = trained_on(strategy, data)
+        # One worker has read 30 numbers, the other 34: its tail is small.
+        assert counts.min() > 1.0 - 1e-5 and examples == NUMBERED
+        own = {*range(17), *range(20, 33)}
+        if INDEX:
+            own = {*range(NUMBERED)} - own
+        assert set(read) == own
+        # As long as it is told to, too.
+        _, examples = trained_on(strategy, data.repeat(), steps_per_epoch=20)
+        assert examples == 160
+
+
+@law
+def sharding_data_without_files(strategy):
+    assert_dealt_out(strategy, None, SHARDING.DATA)
+
+
+@law
+def sharding_data_with_files(strategy):
+    with tempfile.TemporaryDirectory() as folder:
+        assert_dealt_out(strategy, folder, SHARDING.DATA)
+
+
+@law
+def sharding_auto_without_files(strategy):
+    assert_dealt_out(strategy, None, SHARDING.AUTO)
+
+
+@law
+def sharding_auto_with_files(strategy):
+    assert_files_apart(strategy, SHARDING.AUTO)
+
+
+@law
+def sharding_file(strategy):
+    assert_files_apart(strategy, SHARDING.FILE)
+
+
+@law
+def sharding_off(strategy):
+    """Each worker reads all numbers and trains on all."""
+    data, read = numbers(policy=SHARDING.OFF)
+    counts, examples = trained_on(strategy, data)
+    np.testing.assert_allclose(counts, 2.0, rtol=1e-5)
+    assert examples == 2 * NUMBERED
+    assert sorted(set(read)) == list(range(NUMBERED))
+    # In an epoch of half the length each trains on its own first half.
+    data, _ = numbers(policy=SHARDING.OFF)
+    counts, examples = trained_on(strategy, data.repeat(), steps_per_epoch=8)
+    np.testing.assert_allclose(counts[:32], 2.0, rtol=1e-5)
+    assert examples == NUMBERED and not counts[32:].any()
 
 
 @law
