@@ -45,7 +45,9 @@ def count(model):
 
 def workers(model):
     """Returns the number of processes that train a model together."""
-    strategy = model.distribute_strategy
+    strategy = strategy_of(model)
+    if strategy is None:
+        return 1
     return count(model) // len(strategy.extended.worker_devices)
 
 
