@@ -219,4 +219,6 @@ def checked_graphs(team, model, controller, data, cuts=False):
     graphs.build(slicing.examples(sample, 0, first))
     if splits:
         exactness.check_loss(model, graphs.normaliser, sample)
+    if team.replicated:
+        exactness.check_division(model, sample)
     return graphs

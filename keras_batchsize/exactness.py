@@ -5,6 +5,8 @@ That is exact only if the parts can be put together again. What is known about
 Keras's reductions is used where it suffices; the rest is found out by trying.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -180,9 +182,7 @@ def check_loss(model, kind, data):
     size = len(starts) * _TRIAL_PART
     if len(starts) < 2:
         return
-    others = [one for one in model.variables if not one.trainable]
-    held = [keras.ops.convert_to_numpy(one) for one in others]
-    try:
+    with _put_back(model):
         whole, again, *parts = (
             _inference_loss(model, kind, slicing.examples(data, *part))
             for part in (
@@ -191,10 +191,6 @@ def check_loss(model, kind, data):
                 *((start, _TRIAL_PART) for start in starts),
             )
         )
-    finally:
-        for variable, value in zip(others, held):
-            variable.assign(value)
-        model.reset_metrics()
     if whole[0] != again[0] or not np.isfinite(whole[0]):
         return  # Random even in inference: nothing can be concluded.
     weight = sum(weight for _, weight in parts)
@@ -205,6 +201,81 @@ def check_loss(model, kind, data):
             f"put together from pairs it is {mean:.6g}",
             f"loss={model.loss!r}",
         )
+
+
+def check_division(model, data):
+    """Tries out whether replicas divide a loss of the user's own by R.
+
+    Keras sums the gradients of replicas, so that each divides its loss by
+    their number R. Its own losses do; a `compute_loss` or the `__call__` of a
+    loss has to be written that way.
+
+    Args:
+        model: A compiled and built Keras model, made under a strategy.
+        data: A batch as `train_step` receives it.
+
+    Raises:
+        ValueError: If the loss on a replica is not 1/R of that of one device.
+    """
+    strategy = model.distribute_strategy
+    number = strategy.num_replicas_in_sync
+    if number == 1 or not _computes_loss_itself(model):
+        return
+    on_replicas = tf.function(
+        lambda: strategy.run(_loss_of, (model, data)), autograph=False
+    )
+    with _put_back(model):
+        alone, again = (float(_loss_of(model, data)) for _ in range(2))
+        shared = float(strategy.experimental_local_results(on_replicas())[0])
+    if alone != again or not np.isfinite(alone):
+        return  # Random even in inference: nothing can be concluded.
+    if abs(shared * number - alone) > _tolerance(model) * abs(alone) + 1e-6:
+        raise ValueError(
+            "A loss must be divided by the number of replicas: their gradients "
+            "are summed. Keras's losses are; one that is computed in a "
+            "`compute_loss`, or a `__call__`, of your own has to be. Received: "
+            f"on the same examples {alone:.6g} on one device, {shared:.6g} on "
+            f"each of {number} replicas. Divide it by "
+            "tf.distribute.get_strategy().num_replicas_in_sync."
+        )
+
+
+def _computes_loss_itself(model):
+    losses = keras.tree.flatten(model.loss)
+    return type(model).compute_loss is not keras.Model.compute_loss or any(
+        isinstance(loss, keras.losses.Loss)
+        and type(loss).__call__ is not keras.losses.Loss.__call__
+        for loss in losses
+    )
+
+
+def _loss_of(model, data):
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    loss = keras_private.compute_loss(
+        model,
+        x,
+        y,
+        model(x, training=False),
+        sample_weight,
+        training=False,
+    )
+    return tf.reduce_sum(loss)
+
+
+@contextlib.contextmanager
+def _put_back(model):
+    """Puts back what a model changes even in inference, if it does."""
+    others = [one for one in model.variables if not one.trainable]
+    held = [keras.ops.convert_to_numpy(one) for one in others]
+    try:
+        yield
+    finally:
+        for variable, value in zip(others, held):
+            # Replicas may hold values of their own, which are not all read.
+            now = keras.ops.convert_to_numpy(variable)
+            if not np.array_equal(now, value):
+                variable.assign(value)
+        model.reset_metrics()
 
 
 def _inference_loss(model, kind, data):

@@ -316,6 +316,54 @@ def eager_training_is_that_of_one_device(strategy):
     )
 
 
+@law(2)
+def a_loss_that_is_not_divided_is_refused(strategy):
+    """And one that is trains as on one device."""
+
+    class Own(keras.Model):
+        divided = True
+
+        def compute_loss(
+            self, x=None, y=None, y_pred=None, sample_weight=None,
+            training=True,
+        ):
+            loss = keras.ops.mean((y - y_pred) ** 2)
+            strategy = tf.distribute.get_strategy()
+            return loss / (strategy.num_replicas_in_sync if self.divided else 1)
+
+    class Undivided(Own):
+        divided = False
+
+    class Summed(keras.losses.Loss):
+        def __call__(self, y_true, y_pred, sample_weight=None):
+            return keras.ops.mean((y_true - y_pred) ** 2)
+
+    def made_of(kind, **options):
+        def make_model():
+            inputs = keras.Input((comparing.FEATURES,))
+            model = kind(inputs, keras.layers.Dense(1)(inputs))
+            model.compile(optimizers.SGD(0.05, momentum=0.9), **options)
+            return model
+
+        return make_model
+
+    data = comparing.regression()
+    assert_one_device(strategy, made_of(Own), *data)
+    for kind, options in (
+        (Undivided, {}),
+        (keras.Model, {"loss": Summed()}),
+    ):
+        make_model = under(strategy, made_of(kind, **options))
+        try:
+            adaptive(make_model, *data, policy="fixed")
+        except ValueError as error:
+            assert "divided by the number of replicas" in str(error), error
+        else:
+            raise AssertionError(f"{kind} passed")
+        # One device need not be divided by anything.
+        adaptive(made_of(kind, **options), *data, policy="fixed")
+
+
 @law(3, 4)
 def sizes_are_multiples_of_the_replicas(strategy):
     """A base that is none is kept, its cost told; all others are multiples."""
