@@ -45,13 +45,15 @@ def prepared(model, specs=None):
         yield
 
 
-def check_alike(model, **facts):
+def check_alike(model, facts_of_data, **facts):
     """Raises on every worker if they are about to train differently.
 
     They are also made to shuffle alike.
 
     Args:
         model: A compiled Keras model.
+        facts_of_data: Function that returns a dict of what has to be the same
+            of the data.
         **facts: What else has to be the same, of any type with a `repr`.
 
     Raises:
@@ -65,7 +67,8 @@ def check_alike(model, **facts):
         check_tf_config()
         return
     description = {
-        name: _ADDRESS.sub("", repr(value)) for name, value in facts.items()
+        name: _ADDRESS.sub("", repr(value))
+        for name, value in {**facts_of_data(), **facts}.items()
     }
     description["model"] = _described(model)
     description["weights"] = str(

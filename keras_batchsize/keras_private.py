@@ -15,12 +15,14 @@ from keras.src.losses import loss as loss_module
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters import tf_dataset_adapter
 from keras.src.utils import io_utils
 from tensorflow.python.eager import context
 from tensorflow.python.eager import context as eager_context
 
 print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
+DatasetAdapter = tf_dataset_adapter.TFDatasetAdapter
 data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
 
@@ -48,6 +50,7 @@ def tensors_of(adapter):
 
 # Datasets of TensorFlow that make batches, and that pass them on as they are.
 _BATCHING = ("_BatchDataset", "_PaddedBatchDataset", "_ParallelBatchDataset")
+_SHUFFLING = ("_ShuffleDataset", "_ShuffleAndRepeatDataset")
 _PASSING_ON = (
     "CacheDataset",
     "_AssertCardinalityDataset",
@@ -94,6 +97,25 @@ def makes_batches(dataset):
         return False
     inputs = dataset._inputs()
     return kind in _BATCHING or any(makes_batches(one) for one in inputs)
+
+
+def shuffle_seeds(dataset):
+    """Returns the seeds by which a `tf.data.Dataset` shuffles.
+
+    Args:
+        dataset: A dataset.
+
+    Returns:
+        List of pairs of integers, one per shuffle; zeros where it has no seed
+        and none was set for TensorFlow either, so that each process draws its
+        own.
+    """
+    seeds = []
+    if type(dataset).__name__ in _SHUFFLING:
+        seeds.append((int(dataset._seed), int(dataset._seed2)))
+    for one in dataset._inputs():
+        seeds += shuffle_seeds(one)
+    return seeds
 
 
 def in_order(dataset):

@@ -25,6 +25,8 @@ from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
+from keras_batchsize._superbatches_alike import facts_of
+from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize.plan import checked_superbatch_size
@@ -139,6 +141,16 @@ class Superbatches(keras_private.DataAdapter):
         if self._arrays is None:
             return None
         return _arrays.specs_of(self._arrays)
+
+    def facts(self):
+        """Returns what all workers must have alike, a dict."""
+        is_shared = self._strategy is not None and not self._copies
+        return {
+            "examples_per_epoch": self.examples_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "superbatch_size": self.superbatch_size,
+            **(facts_of(self._adapter, self._arrays) if is_shared else {}),
+        }
 
     @property
     def examples_per_epoch(self):
@@ -281,7 +293,7 @@ def _of_first_batch(x, first):
 
 
 def _batched_dataset(x, model, batch_size):
-    if _is_batched(x, model, batch_size):
+    if is_batched(x, model, batch_size):
         size = keras_private.batch_size_of(x)
         if size is not None and (
             x.cardinality() > 1
@@ -305,31 +317,6 @@ def _chained(first, rest):
 def _count(data):
     leaf = next(leaf for leaf in keras.tree.flatten(data) if leaf is not None)
     return int(leaf.shape[0])
-
-
-def _is_batched(dataset, model, batch_size):
-    """Whether the elements of a dataset are batches, by their shapes.
-
-    The rank of the model's input decides. Where the model has none yet, a
-    first axis of one known length is that of a batch, unless it contradicts
-    the batch size asked for and nothing has made batches.
-    """
-    leaves = [
-        spec.shape
-        for spec in keras.tree.flatten(dataset.element_spec)
-        if getattr(spec, "shape", None) is not None
-    ]
-    if any(shape.rank == 0 for shape in leaves):
-        return False
-    sizes = {shape[0] for shape in leaves if shape.rank} - {None}
-    if len(sizes) > 1:
-        return False
-    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
-    if inputs and leaves[0].rank is not None:
-        return leaves[0].rank != len(inputs[0].shape) - 1
-    if not sizes or batch_size is None or batch_size in sizes:
-        return True
-    return keras_private.makes_batches(dataset)
 
 
 def _checked_batch_size(batch_size):

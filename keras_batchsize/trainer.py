@@ -230,13 +230,11 @@ class AdaptiveTrainer:
         )
         distributed.check_alike(
             self.model,
-            examples_per_epoch=superbatches.examples_per_epoch,
-            steps_per_epoch=superbatches.steps_per_epoch,
+            superbatches.facts,
             epochs=arguments["epochs"],
             policy=self.policy,
             learning_rate_scaling=self.learning_rate_scaling,
             measure_every=self.measure_every,
-            superbatch_size=superbatches.superbatch_size,
             batch_sizes=controller.ladder.sizes,
         )
         try:

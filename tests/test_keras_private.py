@@ -46,6 +46,9 @@ IMPORTED = {
     "keras.src.trainers.data_adapters.get_data_adapter": (
         "superbatches.make_superbatches"
     ),
+    "keras.src.trainers.data_adapters.tf_dataset_adapter.TFDatasetAdapter": (
+        "_superbatches_alike.facts_of"
+    ),
     "keras.src.utils.io_utils.print_msg": "callbacks, for the line of a change",
 }
 
@@ -67,6 +70,8 @@ ATTRIBUTES = {
     "_maybe_symbolic_build": "built_from_specs",
     "_momentums": "velocities",
     "_rng": "global_state",
+    "_seed": "shuffle_seeds",
+    "_seed2": "shuffle_seeds",
     "_symbolic_build": "build_symbolically",
     "_value_specs": "built_from_specs",
 }
@@ -406,6 +411,24 @@ def test_dataset_tells_whether_it_makes_batches(name):
         assert keras_private.makes_batches(dataset) is expected, changed(
             f"{type(dataset).__name__}._inputs", user("_inputs")
         )
+
+
+def test_dataset_tells_the_seeds_it_shuffles_by():
+    from keras_batchsize import keras_private
+
+    numbers = tf.data.Dataset.range(12)
+    name = "_ShuffleDataset._seed"
+    alike = numbers.shuffle(12, seed=3).batch(2).prefetch(1).shuffle(2, seed=4)
+    seeds = keras_private.shuffle_seeds(alike)
+    assert len(set(seeds)) == 2 and (0, 0) not in seeds, changed(
+        name, user("_seed")
+    )
+    tf.random.set_seed(None)
+    none = numbers.shuffle(12).batch(2)
+    assert keras_private.shuffle_seeds(none) == [(0, 0)], changed(
+        name, user("_seed2")
+    )
+    assert keras_private.shuffle_seeds(numbers.batch(2)) == []
 
 
 @pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])

@@ -395,6 +395,44 @@ def what_differs_is_named(strategy):
         assert named in error and "on worker 0" in error, error
 
 
+def error_of_fit(strategy, *data):
+    model = comparing.seeded(under(strategy, momentum()))
+    return error_of(
+        lambda: kb.fit(model, *data, batch_size=8, policy="fixed", verbose=0)
+    )
+
+
+@law
+def other_arrays_are_named(strategy):
+    """As long, but cut up by hand: each worker brings examples of its own."""
+    x, y = comparing.regression(128)
+    error = error_of_fit(strategy, x[INDEX::2], y[INDEX::2])
+    assert "first and last examples=" in error, error
+    assert "on worker 0" in error and "on worker 1" in error, error
+
+
+@law
+def other_shuffles_are_named(strategy):
+    x, y = comparing.regression(64)
+    data = tf.data.Dataset.from_tensor_slices((x, y))
+    error = error_of_fit(strategy, data.shuffle(64, seed=INDEX).batch(8))
+    assert "seeds of Dataset.shuffle=" in error, error
+    assert "on worker 0" in error and "on worker 1" in error, error
+    tf.random.set_seed(None)
+    unseeded = data.shuffle(64).batch(8).map(lambda x, y: (x, y))
+    error = error_of_fit(strategy, unseeded)
+    assert "`Dataset.shuffle` must have a seed" in error, error
+    # With a seed, or where each worker reads by itself, all is well.
+    model = comparing.seeded(under(strategy, momentum()))
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = SHARDING.OFF
+    for good in (
+        data.shuffle(64, seed=3).batch(8),
+        unseeded.with_options(options),
+    ):
+        kb.fit(model, good, batch_size=8, policy="fixed", verbose=0)
+
+
 @law
 def a_worker_that_dies_is_named(strategy):
     model = comparing.seeded(under(strategy, momentum()))
