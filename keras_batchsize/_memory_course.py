@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import statistics
 import time
 
 from keras_batchsize import exhaustion
@@ -38,8 +39,8 @@ class Course:
         self._limits = limits
         self._started = time.perf_counter()
         self._trials = []
+        self._peaks, self._most = {}, {}
         self._predicted = {}
-        self._notes = []
         strategy = replicas.strategy_of(model)
         self._workers = None if strategy is None else Workers(strategy)
         # Others may hold memory on the device, too.
@@ -53,9 +54,11 @@ class Course:
             data = examples.data_bytes if meter.holds_data else 0
             self._hard += (self._limit - data - self._usable) / 4.0
         count = replicas.count(model)
-        # What fragmentation may take, in bytes per example.
+        # What fragmentation may take, in bytes per example: holes that are
+        # not quite as large as the largest tensor, half of it on average.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
-        self._hole /= count
+        self._hole /= 2 * count
+        self._rare = (1.0 - meter.reserve) / (1.0 - meter.reserve / 3.0)
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -72,7 +75,7 @@ class Course:
         if own is None:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
-        usable *= 1.0 - meter.reserve
+        usable = usable * (1.0 - meter.reserve) - meter.lost_bytes
         data = self._examples.data_bytes if meter.holds_data else 0
         return own, usable - data, reason
 
@@ -158,15 +161,13 @@ class Course:
 
     def _predict(self, size):
         """Remembers what the line through the two largest lets expect."""
-        known = [one for one in self._trials if one.peak_bytes is not None]
+        known = sorted(self._most)
         if len(known) < 2:
             return
-        low, high = sorted(known, key=lambda one: one.batch_size)[-2:]
-        slope = (high.peak_bytes - low.peak_bytes) / (
-            high.batch_size - low.batch_size
-        )
-        predicted = high.peak_bytes + slope * (size - high.batch_size)
-        self._predicted[size] = int(predicted - self._hole * size)
+        low, high = known[-2:]
+        lower, higher = self._most[low], self._most[high]
+        slope = (higher - lower) / (high - low)
+        self._predicted[size] = int(higher + slope * (size - high))
 
     def _try(self, size):
         """Runs one size; an out-of-memory error is an answer, too."""
@@ -174,25 +175,50 @@ class Course:
         workload, constant = self._workload, self._resident
 
         def run():
-            peak, seconds = workload.train(size)
-            both = peak
+            peaks, seconds = workload.train(size)
+            summed = None
             if workload.accumulates and not workload.compiles:
-                both = _most(peak, workload.accumulate(size))
-            return peak, both, seconds
+                summed = workload.accumulate(size)
+            return peaks, summed, seconds
 
         ran = self._or_none(run)
         elapsed = time.perf_counter() - began
         if ran is None:
             return Trial(size, failed=True, trial_seconds=elapsed)
-        plain, peak, seconds = ran
+        peaks, summed, seconds = ran
         seconds, elapsed = self._agreed(seconds, elapsed)
-        if peak is not None:
-            plain, peak = self._agreed(plain, peak)
-        if peak is not None:
+        if not peaks:
+            return Trial(size, None, seconds, False, elapsed, constant)
+        needed, added = self._needed(size, peaks, summed)
+        if summed is not None:
             # What accumulating adds are sums, whatever the size.
-            constant += peak - plain
-            peak += self._hole * size
-        return Trial(size, peak, seconds, False, elapsed, constant)
+            constant += added
+        return Trial(size, needed, seconds, False, elapsed, constant)
+
+    def _needed(self, size, peaks, other):
+        """Returns how many bytes must be there for a size.
+
+        Of equal updates, the usual peak and the hole that tensors may leave;
+        or the largest peak that was seen, some of which the reserve is for.
+
+        Args:
+            size: Integer, examples per update.
+            peaks: List of the peaks of equal updates.
+            other: Peak of whatever else ran at the size, or None.
+
+        Returns:
+            Pair of the bytes, and by how much `other` is above the usual peak.
+        """
+        seen = self._peaks.setdefault(size, [])
+        seen += peaks
+        usual, most = statistics.median(seen), max(seen)
+        if other is not None:
+            most = max(most, other)
+        usual, most, other = self._agreed(usual, most, other or 0.0)
+        added = max(other - usual, 0.0)
+        self._most[size] = max(most, self._most.get(size, 0))
+        usual += added + self._hole * size
+        return max(most * self._rare, usual), added
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""
@@ -219,22 +245,20 @@ class Course:
             tail = int(self._examples.count) % size
 
         def run():
-            peak = workload.finish_epoch(size, tail)
-            if workload.accumulates and workload.compiles:
-                peak = _most(peak, workload.accumulate(size))
-            return (peak,)
+            peaks, other = workload.finish_epoch(size, tail)
+            if peaks and workload.accumulates and workload.compiles:
+                other = max(other, workload.accumulate(size))
+            return peaks, other
 
         ran = self._or_none(run)
         if ran is None:
             worse = dataclasses.replace(best, failed=True, step_seconds=None)
         else:
-            peak = ran[0]
-            if peak is not None:
-                (peak,) = self._agreed(peak)
-                peak += self._hole * size
-            worse = dataclasses.replace(
-                best, peak_bytes=_most(best.peak_bytes, peak)
-            )
+            peaks, other = ran
+            needed = best.peak_bytes
+            if peaks:
+                needed = max(needed, self._needed(size, peaks, other)[0])
+            worse = dataclasses.replace(best, peak_bytes=needed)
         self._trials[self._trials.index(best)] = worse
         return size_search.fits(worse, self._usable)
 
@@ -254,7 +278,6 @@ class Course:
             replicas=self._bounds.multiple_of,
             jit_compile=self._workload.compiles,
             seconds=time.perf_counter() - self._started,
-            notes=self._notes,
         )
 
     def _row(self, trial):
@@ -262,23 +285,15 @@ class Course:
         note = "" if fits else "over the margin"
         if trial.failed:
             note = OUT_OF_MEMORY
-        peak = trial.peak_bytes
-        if peak is not None:
-            peak = int(peak - self._hole * trial.batch_size)
+        peak = self._most.get(trial.batch_size)
         return ProfileRow(
             batch_size=trial.batch_size,
-            peak_bytes=peak,
+            peak_bytes=None if peak is None else int(peak),
             predicted_bytes=self._predicted.get(trial.batch_size),
             step_seconds=trial.step_seconds,
             fits=fits,
             note=note,
         )
-
-
-def _most(one, other):
-    """The larger of two peaks, either of which may not be known."""
-    known = [peak for peak in (one, other) if peak is not None]
-    return max(known, default=None)
 
 
 def dtype_policies_of(model):

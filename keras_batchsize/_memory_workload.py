@@ -20,14 +20,19 @@ from keras_batchsize import slicing
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize.train_function import team_of
 
-# Batches that wait while one is in use: those that `fit` reads ahead. So many
-# updates a call makes, too, while they are short.
+# Batches there are at once: one in use, and two that `fit` reads ahead. So many
+# updates a call makes, too, where both they and the batches are small: calling
+# takes time of its own. Large ones lie in memory one by one, as those of `fit`.
 BATCHES_HELD = 3
 _SHORT_SECONDS = 0.05
+_SMALL_BYTES = 2**23
 # A batch size that hardly divides the number of elements of anything else.
 _PRIME = 61
 # Timed calls at one size, after the first.
 CALLS = 3
+# Calls more at the size that is to be the answer: peaks of equal steps differ.
+# So many at least, and up to so many in so many seconds.
+AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 5, 15, 0.5
 _LONG_SECONDS = 0.3
 
 
@@ -152,28 +157,49 @@ class Workload:
             size: Integer, examples per update.
 
         Returns:
-            Pair of the peak in bytes, or None, and the seconds of an update.
+            Pair of the peaks of the calls in bytes, as a list, empty if they
+            cannot be told, and the seconds of an update.
 
         Raises:
             Exception: Whatever the step raises, also out-of-memory errors.
         """
-        meter = self._meter
-        data = self._start(BATCHES_HELD * size)
-        first = self._timed(self._plain, data, size, 1)
-        if not meter.counts_first_call:
+        meter, peaks, seconds = self._meter, [], []
+        meter.reset(self.resident_bytes)
+        data = self._waiting(size)
+        first = self._timed(self._plain, data[0], size, 1)
+        if meter.counts_first_call:
+            self._note_peak(peaks)
+        else:
             meter.reset(self.resident_bytes)
             # What lies in memory already does not show in the rise.
-            data = self._batch(BATCHES_HELD * size)
-        seconds = []
-        for _ in range(CALLS if first < _LONG_SECONDS else CALLS - 1):
+            data = self._waiting(size)
+        for call in range(CALLS if first < _LONG_SECONDS else CALLS - 1):
             shortest = min(seconds, default=first)
-            updates = BATCHES_HELD if shortest < _SHORT_SECONDS else 1
-            if self.compiles:
-                updates = 1  # Another number would be another graph.
+            updates = 1
+            if shortest < _SHORT_SECONDS and not self.compiles:
+                # With XLA, another number would be another graph.
+                updates = BATCHES_HELD // len(data)
+            batch = data[call % len(data)]
             seconds.append(
-                self._timed(self._plain, data, size, updates) / updates
+                self._timed(self._plain, batch, size, updates) / updates
             )
-        return meter.peak(), min(seconds)
+            self._note_peak(peaks)
+        return peaks, min(seconds)
+
+    def _note_peak(self, peaks):
+        """Adds the peak so far, and starts a new one where that is exact."""
+        peak = self._meter.peak()
+        if peak is not None:
+            peaks.append(peak)
+        if self._meter.counts_first_call:
+            self._meter.reset(self.resident_bytes)
+
+    def _waiting(self, size):
+        """Returns the batches that there are at once, as a list of data."""
+        together = BATCHES_HELD * size
+        if together * self._examples.bytes_each <= _SMALL_BYTES:
+            return [self._batch(together)]
+        return [self._batch(size) for _ in range(BATCHES_HELD)]
 
     def _timed(self, function, *args):
         started = time.perf_counter()
@@ -226,33 +252,39 @@ class Workload:
         Returns:
             The peak in bytes, or None.
         """
-        data = self._start(2 * size)
+        self._meter.reset(self.resident_bytes)
+        data = self._batch(2 * size)
         held = self._held()
         _wait_for(self._summed(data, 2 * size, 2 * size, size))
         del held
         return self._meter.peak()
 
     def finish_epoch(self, size, tail):
-        """Trains on the ragged last batch of an epoch, and validates.
+        """Trains some more, on the ragged last batch, and validates.
 
         Args:
             size: Integer, examples per update.
             tail: Integer, examples in the last batch of an epoch, or 0.
 
         Returns:
-            The peak in bytes, or None.
+            Pair of the peaks of the first calls in bytes, as a list, and that
+            of the rest, None if it cannot be told.
         """
-        data = self._start(BATCHES_HELD * size)
+        self._meter.reset(self.resident_bytes)
+        data, peaks, seconds = self._waiting(size), [], 0.0
+        for call in range(_AGAIN_SHORT):
+            if call >= AGAIN and seconds >= _AGAIN_SECONDS:
+                break
+            seconds += self._timed(
+                self._plain, data[call % len(data)], size, 1
+            )
+            self._note_peak(peaks)
         if tail:
-            self._plain(data, tail, 1)
+            self._plain(data[0], tail, 1)
         held = self._held()
         _wait_for(self._validate(self._batch(size)))
         del held
-        return self._meter.peak()
-
-    def _start(self, examples):
-        self._meter.reset(self.resident_bytes)
-        return self._batch(examples)
+        return peaks, self._meter.peak()
 
     def _batch(self, examples):
         """Returns a batch, dealt out to the replicas if there are several."""

@@ -29,18 +29,21 @@ import math
 _UPDATES_PER_TRIAL = 5
 # Trials in all. More would only refine the last few percent.
 MOST_TRIALS = 7
-# No jump is larger: the memory of one example says little about a thousand's.
+# No jump is larger, unless no example can take more than it leaves room for:
+# the memory of one example says little about a thousand's.
 _LARGEST_JUMP = 32
 # Where memory cannot be measured, only failures tell.
 _BLIND_JUMP = 4
 # Of what is there for batches it aims at so much: peaks of equal steps differ.
-_AIM = 0.97
+_AIM = 0.98
 # By so much (peak - constant)/size was seen to rise over a jump of any length.
 _RISE = 1.15
 # A size that takes so much of what is there for batches is large enough.
-_ENOUGH = 0.93
+_ENOUGH = 0.96
 # Steps that gain less are not worth a trial.
-_SMALLEST_GAIN = 1.06
+_SMALLEST_GAIN = 1.03
+# Two sizes closer than this tell the noise of peaks, not their slope.
+_SLOPE_OVER = 1.5
 # Nor is a size that the time left shrinks to less than this.
 _SMALLEST_GAIN_IN_TIME = 1.25
 # Above so many examples sizes are multiples of 8, which hardware likes.
@@ -202,6 +205,8 @@ def _extrapolated(trials, best, bounds):
     if peak <= best.constant_bytes:
         return most
     goal = _goal(best, usable)
+    if bounds.growth_bytes:
+        most = max(most, size + (goal - peak) / bounds.growth_bytes)
     sure = _cannot_exceed(goal, best, bounds)
     slope = _slope_below(trials, best)
     if slope is None:
@@ -234,11 +239,14 @@ def _goal(trial, usable_bytes):
 
 
 def _slope_below(trials, best):
-    """Bytes per example between the two largest sizes, None for one size."""
+    """Bytes per example up to the largest size, None for one size."""
     below = [t for t in trials if t.batch_size < best.batch_size]
     if not below:
         return None
-    last = max(below, key=lambda t: t.batch_size)
+    apart = [
+        t for t in below if t.batch_size * _SLOPE_OVER <= best.batch_size
+    ]
+    last = max(apart or below, key=lambda t: t.batch_size)
     return (best.peak_bytes - last.peak_bytes) / (
         best.batch_size - last.batch_size
     )

@@ -88,8 +88,8 @@ def xla_fails_three_times():
             else:
                 raise AssertionError("It fitted.")
             workload.restore_values()
-        peak, _ = workload.train(64)
-        assert peak < 150 * 2**20
+        peaks, _ = workload.train(64)
+        assert 0 < max(peaks) < 150 * 2**20
     assert losses(model) == expected
 
 
