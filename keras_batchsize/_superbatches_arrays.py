@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize._superbatches_rows import RowNumbers
 
 
 def is_arrays(x):
@@ -53,7 +54,7 @@ def count(x, y, sample_weight):
     return next(iter(lengths))
 
 
-def at_hand(model, adapter, shuffle):
+def at_hand(model, adapter, sizes, shuffle):
     """Returns an adapter of row numbers, and the arrays to gather rows from.
 
     Keras draws the same order for the numbers as for the rows.
@@ -61,27 +62,30 @@ def at_hand(model, adapter, shuffle):
     Args:
         model: The Keras model to train.
         adapter: Keras's adapter of the arrays.
+        sizes: Sizes of the superbatches, which repeat.
         shuffle: As in `Model.fit`.
 
     Returns:
-        Pair of a Keras adapter and a nested structure of dense tensors; the
-        adapter as it is and None where there are accelerators, XLA (to which
+        Tuple of a Keras adapter, a nested structure of dense tensors, and
+        `RowNumbers`, None where batches are shuffled one by one. The adapter
+        as it is, None and None where there are accelerators, XLA (to which
         the arrays would be parameters of every step), or arrays that are not
         dense.
     """
     devices = tf.config.list_logical_devices()
     if model.jit_compile or any(one.device_type != "CPU" for one in devices):
-        return adapter, None
+        return adapter, None, None
     arrays = keras_private.tensors_of(adapter)
     leaves = [one for one in keras.tree.flatten(arrays) if one is not None]
     if not all(isinstance(one, tf.Tensor) for one in leaves):
-        return adapter, None
-    rows = keras_private.data_adapter_for(
-        np.arange(leaves[0].shape[0]),
-        batch_size=adapter.batch_size,
-        shuffle=shuffle,
+        return adapter, None, None
+    examples = leaves[0].shape[0]
+    numbers = keras_private.data_adapter_for(
+        np.arange(examples), batch_size=adapter.batch_size, shuffle=shuffle
     )
-    return rows, arrays
+    if shuffle == "batch":
+        return numbers, arrays, None
+    return numbers, arrays, RowNumbers(examples, sizes, shuffle)
 
 
 def specs_of(arrays):

@@ -13,7 +13,8 @@ import warnings
 from keras_batchsize import exhaustion
 
 # Holding costs one more copy of the variables while a superbatch is trained on.
-# Up to so many bytes always; beyond, only until a size has run.
+# Up to so many bytes always, where memory may run out at any time; beyond, and
+# elsewhere, only until a size has run.
 _HELD_ALWAYS = 2**28
 # Calls after which a size counts as one that fits.
 _PROVEN_AFTER = 2
@@ -31,6 +32,9 @@ class MemoryGuard:
     def __init__(self, model, is_alone=True):
         self._model = model
         self._is_alone = is_alone
+        self._held_always = (
+            _HELD_ALWAYS if exhaustion.raises_when_exhausted() else 0
+        )
         self._succeeded = {}
 
     def run(self, train, key, shrink, backup_dir=None):
@@ -68,9 +72,11 @@ class MemoryGuard:
             key = shrink()
 
     def _hold(self, key):
-        variables = exhaustion.variables_of(self._model)
         proven = self._succeeded.get(key, 0) >= _PROVEN_AFTER
-        if proven and exhaustion.bytes_of(variables) > _HELD_ALWAYS:
+        if proven and not self._held_always:
+            return None
+        variables = exhaustion.variables_of(self._model)
+        if proven and exhaustion.bytes_of(variables) > self._held_always:
             return None
         return exhaustion.HeldValues(variables)
 
@@ -94,6 +100,11 @@ class MemoryGuard:
             return (
                 "XLA has freed variables, which are too large to be held all "
                 "the time; any use of them may end the process"
+            )
+        if not self._held_always:
+            return (
+                "an update is half-made, and where TensorFlow has no limit "
+                "of its own, the variables are held only until a size has run"
             )
         return (
             "an update is half-made, and the variables are too large to be "

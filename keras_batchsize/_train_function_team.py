@@ -8,8 +8,6 @@ import dataclasses
 import math
 import warnings
 
-import tensorflow as tf
-
 from keras_batchsize import exactness
 from keras_batchsize import replicas
 from keras_batchsize import slicing
@@ -17,9 +15,6 @@ from keras_batchsize.records import Timing
 from keras_batchsize.replica_graphs import ReplicaGraphs
 from keras_batchsize.update_graphs import UpdateGraphs
 from keras_batchsize.workers import Workers
-
-# What Keras hands over while it fits.
-ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator
 
 
 def team_of(model, examples):

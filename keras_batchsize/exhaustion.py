@@ -9,6 +9,7 @@ away. So: hold the values while a step may fail, and assign them back.
 """
 
 import math
+import os
 import re
 
 import tensorflow as tf
@@ -36,6 +37,21 @@ def is_out_of_memory(error):
     if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
         return True
     return isinstance(error, _CLASSES) and bool(_TEXTS.search(str(error)))
+
+
+def raises_when_exhausted():
+    """Whether running out of memory is an error, to expect at any time.
+
+    Accelerators have a memory of their own, and TensorFlow's own allocator may
+    have a limit on CPU. Else memory is the host's: there is more of it than
+    there is, and who takes too much is ended without being asked. Only what
+    could never be had is refused, and the first time already.
+    """
+    given = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "").lower()
+    return given in ("1", "true") or any(
+        device.device_type != "CPU"
+        for device in tf.config.list_logical_devices()
+    )
 
 
 def components(variable):

@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from keras_batchsize import _checks
 from keras_batchsize import _superbatches_arrays as _arrays
+from keras_batchsize import _superbatches_sizes as _sizes
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
@@ -29,22 +30,14 @@ from keras_batchsize._superbatches_alike import facts_of
 from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
+from keras_batchsize._superbatches_rows import RowIterator
 from keras_batchsize.plan import checked_superbatch_size
-from keras_batchsize.plan import largest_on_ladder
 
-# An epoch should have so many superbatches, to change the size within it, ...
-_SUPERBATCHES_PER_EPOCH = 16
-# ... but a superbatch so many batches, or the way through Python takes over.
-# There are at least so many per epoch, or reading them does not run beside
-# training on them.
-_BATCHES_PER_SUPERBATCH = 16
-_FEWEST_PER_EPOCH = 8
-# Small data are handed over in fewer pieces, down to this size.
-_SMALLEST_SUPERBATCH = 256
-# Batches per superbatch where the length of the data is not known.
-_BATCHES_OF_UNKNOWN = 64
 # Keras's default for arrays.
 _DEFAULT_BATCH_SIZE = 32
+
+# What Keras hands to a train function while it fits.
+ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator, RowIterator
 
 
 class Superbatches(keras_private.DataAdapter):
@@ -56,8 +49,9 @@ class Superbatches(keras_private.DataAdapter):
             None if the adapter's batches are superbatches already.
         bounds: Pair (at least, at most) of the examples in one pass over the
             data, or None if it is not known.
-        arrays: Nested structure of tensors whose row numbers the adapter
-            hands over, or None if it hands over examples.
+        arrays: Nested structure of tensors whose row numbers are handed
+            over, or None if examples are.
+        rows: These `RowNumbers`, or None if the adapter knows them.
         model: The model to whose replicas they are dealt out; None where they
             are already.
         copies: What `replicas.copies_read` returns.
@@ -69,12 +63,20 @@ class Superbatches(keras_private.DataAdapter):
     """
 
     def __init__(
-        self, adapter, sizes, bounds, arrays=None, model=None, copies=None
+        self,
+        adapter,
+        sizes,
+        bounds,
+        arrays=None,
+        rows=None,
+        model=None,
+        copies=None,
     ):
         self.base_batch_size = None
         self.superbatch_size = None
         self._strategy = model and replicas.strategy_of(model)
         self._arrays = arrays
+        self._rows = rows
         self._adapter = adapter
         self._copies = copies
         self._sizes = sizes
@@ -88,6 +90,8 @@ class Superbatches(keras_private.DataAdapter):
         Under a strategy examples are dealt out to the replicas already, and
         row numbers go to all of them.
         """
+        if self._rows is not None:
+            return self._rows
         dataset = self.get_whole_dataset()
         if self._strategy is None:
             return dataset
@@ -214,7 +218,7 @@ def make_superbatches(
     adapter_for = functools.partial(
         keras_private.data_adapter_for, class_weight=class_weight
     )
-    adapter, arrays, is_arrays = None, None, data.batch_size is None
+    adapter, arrays, rows, is_arrays = None, None, None, data.batch_size is None
     if not is_arrays:
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
@@ -222,16 +226,19 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
-    size = _superbatch_size(superbatch_size, base, epoch, model)
-    sizes = [size] if steps_per_epoch is None else _sizes(size, epoch)
+    number = replicas.count(model)
+    size = _sizes.superbatch_size(superbatch_size, base, epoch, number)
+    sizes = [size] if steps_per_epoch is None else _sizes.of_epoch(size, epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
         own = base if shuffle == "batch" else size
         adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
-        adapter, arrays = _arrays.at_hand(model, adapter, shuffle)
+        adapter, arrays, rows = _arrays.at_hand(model, adapter, sizes, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
-    result = Superbatches(adapter, sizes, bounds, arrays, model, data.copies)
+    result = Superbatches(
+        adapter, sizes, bounds, arrays, rows, model, data.copies
+    )
     result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
         result.steps_per_epoch = len(sizes)
@@ -363,23 +370,3 @@ def _examples_of_epoch(bounds, steps_per_epoch, base):
     if steps_per_epoch is not None:
         return steps_per_epoch * base
     return math.inf if bounds is None else bounds[1]
-
-
-def _superbatch_size(given, base, epoch, model):
-    number = replicas.count(model)
-    if given is not None:
-        return checked_superbatch_size(given, base, number)
-    limit = base * _BATCHES_OF_UNKNOWN
-    if epoch < math.inf:
-        limit = max(
-            epoch / _SUPERBATCHES_PER_EPOCH,
-            min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
-            min(_SMALLEST_SUPERBATCH, epoch),
-        )
-    return largest_on_ladder(base, limit, number)
-
-
-def _sizes(size, epoch):
-    """Sizes of the superbatches of an epoch, the last one smaller."""
-    whole, rest = divmod(epoch, size)
-    return [size] * whole + [rest] * (rest > 0)

@@ -20,7 +20,6 @@ from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
 from keras_batchsize._train_function_rows import change_of
 from keras_batchsize._train_function_rows import row_of
-from keras_batchsize._train_function_team import ITERATORS
 from keras_batchsize._train_function_team import checked_graphs
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
@@ -30,6 +29,7 @@ from keras_batchsize._train_function_warning import warn_once
 from keras_batchsize.measuring import PARTS
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
+from keras_batchsize.superbatches import ITERATORS
 
 
 class AdaptiveTrainFunction:

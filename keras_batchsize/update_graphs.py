@@ -150,7 +150,19 @@ class UpdateGraphs:
         begin, end = _constant(start), _constant(stop)
         if self.compiles and (stop - start) % batch_size == 0:
             return self._plain_xla(data, begin, end, batch_size, rate)
-        return self._plain(data, begin, end, self._size(batch_size), rate)
+        size = self._size(batch_size)
+        return self._general(self._plain, data, begin, end, size, rate)
+
+    def _general(self, loop, data, *arguments):
+        """Calls a loop, traced for superbatches of any number of examples.
+
+        Traced for the first one's number, it would be traced again for the
+        last one of an epoch.
+        """
+        if not self._eager and not loop.experimental_get_tracing_count():
+            specs = keras.tree.map_structure(slicing.batch_spec, data)
+            loop.get_concrete_function(specs, *arguments)
+        return loop(data, *arguments)
 
     def _size(self, size):
         return size if self._eager else _constant(size)
@@ -212,13 +224,15 @@ class UpdateGraphs:
             # finish what an earlier superbatch began.
             rows = slicing.number_of_examples(data) // batch_size + 2
             logs, used, total, (norms, count) = self._accumulate_xla(
-                total, data, end, sizes, last, rate, rows
+                data, total, end, sizes, last, rate, rows
             )
             return logs, used, total, norms[:count]
         sizes = self._size(batch_size), self._size(micro)
-        return self._accumulate(total, data, end, sizes, last, rate, None)
+        return self._general(
+            self._accumulate, data, total, end, sizes, last, rate, None
+        )
 
-    def _accumulate_loop(self, total, data, stop, sizes, finish, rate, rows):
+    def _accumulate_loop(self, data, total, stop, sizes, finish, rate, rows):
         batch_size, micro = sizes
         norms = tf.TensorArray(
             tf.float64,
@@ -293,7 +307,8 @@ class UpdateGraphs:
         parts = examples // part
         if self.compiles:
             return self._measure_xla(data, part, parts)
-        return self._measure(data, self._size(part), self._size(parts))
+        part, parts = self._size(part), self._size(parts)
+        return self._general(self._measure, data, part, parts)
 
     def _measure_loop(self, data, part, parts):
         def body(index, total):

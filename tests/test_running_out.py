@@ -179,7 +179,8 @@ def test_model_that_cannot_be_cut_says_so():
 def test_unheld_variables_end_training_with_the_backup_named(
     jit_compile, monkeypatch
 ):
-    monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 0)
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "true")
+    monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 1)
     model = of_limited(10**6)()
     model.jit_compile = jit_compile
     guard = _train_function_memory.MemoryGuard(model)
@@ -198,6 +199,34 @@ def test_unheld_variables_end_training_with_the_backup_named(
     sizes = iter(["smaller"])
     results = iter([fails, lambda: 2])
     assert guard.run(lambda: next(results)(), "new", lambda: next(sizes)) == 2
+
+
+@pytest.mark.parametrize("is_limited", [True, False])
+def test_variables_are_held_where_memory_may_run_out(is_limited, monkeypatch):
+    if is_limited:
+        monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "true")
+    guard = _train_function_memory.MemoryGuard(of_limited(10**6)())
+    held = []
+    monkeypatch.setattr(
+        exhaustion, "HeldValues", lambda variables: held.append(len(variables))
+    )
+    for _ in range(4):
+        guard.run(lambda: 1, "key", None)
+    guard.run(lambda: 1, "a new size", None)
+    # Where it may not, a size that has run twice will run again.
+    assert len(held) == (5 if is_limited else 3)
+
+
+def test_running_out_unheld_on_a_plain_cpu_says_why():
+    guard = _train_function_memory.MemoryGuard(of_limited(1)())
+
+    def fails():
+        raise MemoryError
+
+    for _ in range(2):
+        guard.run(lambda: 1, "key", None)
+    with pytest.raises(RuntimeError, match="only until a size has run"):
+        guard.run(fails, "key", None)
 
 
 def test_other_workers_are_not_left_waiting():

@@ -7,6 +7,8 @@ kinds. Law 4 counts the examples that a model has trained on.
 
 import dataclasses
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -26,6 +28,8 @@ from comparing import regression
 from keras import layers
 
 import keras_batchsize as kb
+from keras_batchsize import keras_private
+from keras_batchsize._superbatches_rows import RowNumbers
 from keras_batchsize.superbatches import make_superbatches
 
 X, Y = regression()
@@ -801,6 +805,43 @@ def test_arrays_are_handed_over_as_row_numbers():
     np.testing.assert_array_equal(weights, [1.0, 1.0, 0.5, 1.0])
     # Keras computes in 32 bits whatever the arrays are of.
     assert batch["a"].dtype == "float32"
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("sizes", [[32], [16, 8]])
+def test_row_numbers_come_in_the_order_of_keras(shuffle, sizes):
+    def epochs(dataset):
+        return [
+            np.concatenate([np.asarray(rows) for rows in dataset])
+            for _ in range(3)
+        ]
+
+    keras.utils.set_random_seed(5)
+    ours = RowNumbers(70, sizes, shuffle)
+    theirs = keras_private.data_adapter_for(
+        np.arange(70), batch_size=32, shuffle=shuffle
+    )
+    expected = epochs(theirs.get_tf_dataset())[0]
+
+    for found in epochs(ours):
+        # A global seed gives every epoch the same order, in Keras, too.
+        np.testing.assert_array_equal(found, expected)
+    assert [len(rows) for rows in ours] == (
+        [32, 32, 6] if sizes == [32] else [16, 8, 16, 8, 16, 6]
+    )
+
+
+def test_row_numbers_of_an_epoch_have_an_order_of_their_own():
+    script = """
+import numpy as np
+from keras_batchsize._superbatches_rows import RowNumbers
+rows = RowNumbers(1000, [1000], True)
+first, second = ([np.asarray(one) for one in rows] for _ in range(2))
+assert (np.sort(first[0]) == np.arange(1000)).all()
+assert (first[0] != second[0]).any()
+"""
+    # A process of its own: here tests have set the global seed.
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_arrays_that_are_not_dense_are_handed_over_themselves():

@@ -1,0 +1,59 @@
+"""How large a superbatch is, and which superbatches make an epoch.
+
+Part of `superbatches.py`.
+"""
+
+import math
+
+from keras_batchsize.plan import checked_superbatch_size
+from keras_batchsize.plan import largest_on_ladder
+
+# An epoch should have so many superbatches, to change the size within it, ...
+_SUPERBATCHES_PER_EPOCH = 16
+# ... but a superbatch so many batches, or the way through Python takes over.
+# There are at least so many per epoch, or reading them does not run beside
+# training on them.
+_BATCHES_PER_SUPERBATCH = 16
+_FEWEST_PER_EPOCH = 8
+# Small data are handed over in fewer pieces, down to this size.
+_SMALLEST_SUPERBATCH = 256
+# Batches per superbatch where the length of the data is not known.
+_BATCHES_OF_UNKNOWN = 64
+
+
+def superbatch_size(given, base, epoch, replicas):
+    """Returns the examples in a superbatch.
+
+    Args:
+        given: What the user asked for, or None to choose.
+        base: B₀, in examples.
+        epoch: Examples in an epoch; infinite if that is not known.
+        replicas: Number of replicas.
+
+    Raises:
+        ValueError: If what is given is no size of the ladder.
+    """
+    if given is not None:
+        return checked_superbatch_size(given, base, replicas)
+    limit = base * _BATCHES_OF_UNKNOWN
+    if epoch < math.inf:
+        limit = max(
+            epoch / _SUPERBATCHES_PER_EPOCH,
+            min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
+            min(_SMALLEST_SUPERBATCH, epoch),
+        )
+    return largest_on_ladder(base, limit, replicas)
+
+
+def of_epoch(size, epoch):
+    """Returns the sizes of the superbatches of an epoch, the last smaller.
+
+    Args:
+        size: Examples in a superbatch.
+        epoch: Examples in an epoch.
+
+    Returns:
+        List of integers.
+    """
+    whole, rest = divmod(epoch, size)
+    return [size] * whole + [rest] * (rest > 0)
