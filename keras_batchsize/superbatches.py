@@ -31,6 +31,7 @@ from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
+from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
 
 # Keras's default for arrays.
@@ -215,10 +216,9 @@ def make_superbatches(
     if isinstance(x, tf.distribute.DistributedDataset):
         return _dealt_out_already(model, x, batch_size, steps_per_epoch)
     data = _batched(x, y, sample_weight, model, batch_size)
-    adapter_for = functools.partial(
-        keras_private.data_adapter_for, class_weight=class_weight
-    )
-    adapter, arrays, rows, is_arrays = None, None, None, data.batch_size is None
+    adapter_for = functools.partial(data_adapter_for, class_weight=class_weight)
+    adapter, arrays, rows = None, None, None
+    is_arrays = data.batch_size is None
     if not is_arrays:
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
@@ -226,12 +226,13 @@ def make_superbatches(
     _check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
-    number = replicas.count(model)
-    size = _sizes.superbatch_size(superbatch_size, base, epoch, number)
+    size = _sizes.superbatch_size(
+        superbatch_size, base, epoch, replicas.count(model)
+    )
     sizes = [size] if steps_per_epoch is None else _sizes.of_epoch(size, epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
-        own = base if shuffle == "batch" else size
+        own = base if shuffle == "batch" else sizes[0]
         adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
         adapter, arrays, rows = _arrays.at_hand(model, adapter, sizes, shuffle)
         if steps_per_epoch is None and shuffle != "batch":
@@ -239,21 +240,22 @@ def make_superbatches(
     result = Superbatches(
         adapter, sizes, bounds, arrays, rows, model, data.copies
     )
-    result.base_batch_size, result.superbatch_size = base, size
-    if steps_per_epoch is not None:
-        result.steps_per_epoch = len(sizes)
-    return result
+    return _sized(result, base, size, steps_per_epoch)
 
 
 def _dealt_out_already(model, x, batch_size, steps_per_epoch):
     """Takes each element of a distributed dataset as a superbatch."""
     size = replicas.batch_size_of(model.distribute_strategy, x)
-    adapter = keras_private.data_adapter_for(x)
+    adapter = data_adapter_for(x)
     bounds = _bounds(_Batched(x, size, None), adapter)
     result = Superbatches(adapter, None, bounds)
-    result.base_batch_size = base = batch_size or size
-    number = replicas.count(model)
-    result.superbatch_size = checked_superbatch_size(size, base, number)
+    base = batch_size or size
+    checked_superbatch_size(size, base, replicas.count(model))
+    return _sized(result, base, size, steps_per_epoch)
+
+
+def _sized(result, base, size, steps_per_epoch):
+    result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
         result.steps_per_epoch = math.ceil(steps_per_epoch * base / size)
     return result
@@ -286,7 +288,7 @@ def _batched(x, y, sample_weight, model, batch_size):
         return _of_first_batch(_chained(first, x), first)
     if _arrays.is_arrays(x):
         return _Batched(x, None, _arrays.count(x, y, sample_weight))
-    size = keras_private.data_adapter_for(x).batch_size
+    size = data_adapter_for(x).batch_size
     if size is not None:
         return _Batched(x, size, None)
     return _of_first_batch(x, next(iter(x), None))
