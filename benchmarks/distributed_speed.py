@@ -4,7 +4,8 @@ Each line is a batch size; ratios are seconds of an epoch of the other divided
 by seconds of the trainer (above 1: the trainer is faster), the median over
 pairs of runs made one after the other, in one process with logical CPUs:
 
-- `plain`: `model.fit` under the same strategy;
+- `plain`: `model.fit` under the same strategy, on arrays;
+- `tf.data`: the same two on a `tf.data.Dataset` that shuffles and batches;
 - `noise free`: the trainer without the norms that measure the noise at every
   update, divided by the trainer with them;
 - `one device`: the trainer without a strategy. Logical CPUs share the cores,
@@ -54,10 +55,25 @@ def compare(options, strategy, data, size):
 
     model = under(strategy, options)
     plain = seconds_of(keras.Model.fit, model, options, data, size)
+    dataset = of_dataset(options, strategy, data, size)
     measured = ours(under(strategy, options), "measure")
     fixed = ours(under(strategy, options), "fixed")
     alone = ours(workloads.make(options.model), "fixed")
-    return plain / fixed, fixed / measured, alone / fixed
+    return plain / fixed, dataset, fixed / measured, alone / fixed
+
+
+def of_dataset(options, strategy, data, size):
+    """Returns the ratio of plain `fit` and trainer on a dataset."""
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(data))
+    dataset = dataset.shuffle(len(data[0])).batch(size)
+    dataset = [dataset.prefetch(tf.data.AUTOTUNE)]
+    model = under(strategy, options)
+    plain = seconds_of(keras.Model.fit, model, options, dataset, None)
+    arguments = {"policy": "fixed", "max_batch_size": size}
+    model = under(strategy, options)
+    return plain / seconds_of(
+        kb.fit, model, options, dataset, None, **arguments
+    )
 
 
 def main():
@@ -81,8 +97,8 @@ def main():
     train, _ = workloads.load("mnist", options.path)
     data = [one[: options.examples] for one in train]
     keras.utils.set_random_seed(0)
-    print("| batch size | plain | noise free | one device |")
-    print("|---|---|---|---|")
+    print("| batch size | plain | tf.data | noise free | one device |")
+    print("|---|---|---|---|---|")
     for size in options.sizes:
         rounds = [
             compare(options, strategy, data, size)

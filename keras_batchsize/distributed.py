@@ -64,7 +64,9 @@ def check_alike(model, facts_of_data, **facts):
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
     if replicas.workers(model) == 1:
-        check_tf_config()
+        # Other resolvers than TF_CONFIG may tell of a cluster of one.
+        if not strategy.cluster_resolver.cluster_spec().as_dict():
+            check_tf_config()
         return
     description = {
         name: _ADDRESS.sub("", repr(value))

@@ -24,6 +24,9 @@ PATIENCE = 600
 # Numbers exchanged at once: a graph has one shape.
 _WIDTH = 4
 
+# host:port, or [IPv6]:port.
+_ADDRESS = re.compile(r"([^\s:]+|\[[\da-fA-F:.]+\]):\d{1,5}")
+
 # Letters shown of two texts that differ.
 _SHOWN = 100
 
@@ -256,14 +259,15 @@ def check_tf_config(environment=None):
         _refuse('the jobs of a cluster are "worker", and perhaps "chief"', text)
     addresses = [one for job in cluster.values() for one in job]
     for one in addresses:
-        if not re.fullmatch(r"[^\s:]+:\d{1,5}", str(one)):
+        if not _ADDRESS.fullmatch(str(one)):
             _refuse(f'an address is "host:port", not {one!r}', text)
     if len(set(addresses)) < len(addresses):
         _refuse("two workers have the same address", text)
     job, index = task.get("type"), task.get("index")
     if job not in cluster:
         _refuse(f'the job of its "task", {job!r}, is not in the cluster', text)
-    if not isinstance(index, int) or not 0 <= index < len(cluster[job]):
+    is_number = isinstance(index, int) or str(index).isdecimal()
+    if not is_number or not 0 <= int(index) < len(cluster[job]):
         _refuse(
             f'the "index" of its "task" is {index!r}, of '
             f"{len(cluster[job])} {job}s",

@@ -7,6 +7,7 @@ need besides is tested without any.
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import worker_laws
 from keras_batchsize import workers
 
 PROGRAM = pathlib.Path(worker_laws.__file__)
+ROOT = PROGRAM.parents[1]
 # Seconds for all laws; about 90 on a quiet machine.
 TIME_LIMIT = 550
 
@@ -54,7 +56,7 @@ def run_workers(number, folder):
                         cwd=PROGRAM.parent,
                         env={
                             **os.environ,
-                            "PYTHONPATH": str(PROGRAM.parents[1]),
+                            "PYTHONPATH": str(ROOT),
                             "TF_CONFIG": config(addresses, index),
                         },
                         stdout=stdout,
@@ -107,7 +109,10 @@ ADDRESSES = ["a:1111", "b:2222"]
         (config(["a:1111", "a:1111"], 0), "the same address"),
         (config(["a", "b:2222"], 0), "not 'a'"),
         (config(ADDRESSES, 2), '"index" of its "task" is 2, of 2 workers'),
-        (config(ADDRESSES, "0"), "is '0', of 2 workers"),
+        (config(ADDRESSES, "2"), "is '2', of 2 workers"),
+        (config(ADDRESSES, -1), "is -1, of 2 workers"),
+        (config(ADDRESSES, None), "is None, of 2 workers"),
+        (config(ADDRESSES, 0.5), "is 0.5, of 2 workers"),
         (config(ADDRESSES, 0, job="ps"), "'ps', is not in the cluster"),
         (
             '{"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
@@ -123,9 +128,120 @@ def test_what_is_wrong_with_tf_config_is_said(text, why):
     assert f"Received: TF_CONFIG={text}" in str(caught.value)
 
 
-def test_a_right_tf_config_passes():
-    for index in range(2):
-        workers.check_tf_config({"TF_CONFIG": config(ADDRESSES, index)})
+@pytest.mark.parametrize(
+    "text",
+    [
+        config(ADDRESSES, 0),
+        config(ADDRESSES, 1),
+        # TensorFlow makes an integer of it.
+        config(ADDRESSES, "1"),
+        # As the training operator of Kubernetes sets it.
+        """{"cluster": {"worker": ["job-worker-0.default.svc:2222",
+        "job-worker-1.default.svc:2222"]}, "task": {"type": "worker",
+        "index": 1}, "environment": "cloud"}""",
+        # As Vertex AI sets it.
+        """{"cluster": {"chief": ["cmle-training-workerpool0-ab-0:2222"],
+        "worker": ["cmle-training-workerpool1-ab-0:2222"]}, "environment":
+        "cloud", "task": {"type": "chief", "index": 0}, "job": "{}"}""",
+        # As Ray sets it, the second with IPv6.
+        config(["10.0.0.1:40001", "10.0.0.2:40001"], 0),
+        config(["[fd00::1]:40001", "[fd00::2]:40001"], 1),
+    ],
+)
+def test_a_right_tf_config_passes(text):
+    workers.check_tf_config({"TF_CONFIG": text})
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TF_CONFIG", text)
+        told = resolver()
+        tasks = workers._tasks_of(told.cluster_spec().as_dict())
+        assert (told.task_type, told.task_id) in tasks
+
+
+def job_script():
+    """Returns the SLURM script that the documentation shows."""
+    text = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    [script] = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, re.S)
+    return script
+
+
+def two_free_ports_in_a_row():
+    while True:
+        [port] = free_ports(1)
+        try:
+            socket.create_server(("localhost", port + 1)).close()
+        except OSError:
+            continue
+        return port
+
+
+# What the programs of SLURM do with two nodes, both of them this machine.
+SLURM = {
+    "scontrol": """
+        [ "$*" = "show hostnames node[1-2]" ] || exit 1
+        printf 'localhost\\n127.0.0.1\\n'
+    """,
+    "srun": """
+        for index in 0 1; do
+            SLURM_PROCID=$index "$@" > out.$index 2> err.$index &
+        done
+        wait
+    """,
+    "python": f"""
+        exec {sys.executable} {ROOT}/"$@"
+    """,
+}
+
+
+@pytest.mark.slow
+def test_the_job_script_of_slurm_starts_workers_that_train(tmp_path):
+    for name, text in SLURM.items():
+        file = tmp_path / name
+        file.write_text("#!/bin/bash\n" + text)
+        file.chmod(0o755)
+    script = job_script()
+    assert script.count("12345 + NR") == 1
+    port = two_free_ports_in_a_row()
+    script = script.replace("12345 + NR", f"{port} - 1 + NR")
+    subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_NODELIST": "node[1-2]",
+        },
+        check=True,
+        timeout=300,
+    )
+    first, second = (
+        (tmp_path / f"out.{index}").read_text().splitlines()
+        for index in range(2)
+    )
+    errors = (tmp_path / "err.0").read_text()
+    assert first and first[0].startswith("worker 0: test accuracy"), errors
+    assert second[0] == first[0].replace("worker 0", "worker 1")
+    # The report: what was decided, the same on both.
+    assert len(first) > 5 and len(first) == len(second)
+
+
+def test_the_resolver_of_slurm_needs_gpus(monkeypatch):
+    """What the documentation says of it."""
+    for name, value in (
+        ("PROCID", "1"),
+        ("STEP_NUM_TASKS", "2"),
+        ("STEP_NODELIST", "node[1-2]"),
+        ("STEP_TASKS_PER_NODE", "1(x2)"),
+    ):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    resolver = tf.distribute.cluster_resolver.SlurmClusterResolver
+    with pytest.raises(ValueError):
+        resolver(gpus_per_node=0).cluster_spec()
+    told = resolver(gpus_per_node=1)
+    tasks = workers._tasks_of(told.cluster_spec().as_dict())
+    assert tasks[1] == (told.task_type, told.task_id) == ("worker", 1)
 
 
 class Alone:
