@@ -5,6 +5,8 @@ shuffled row numbers, and each batch is gathered where it is used: no
 superbatch is copied, and an epoch does not wait for its first one.
 """
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -66,11 +68,11 @@ def at_hand(model, adapter, sizes, shuffle):
         shuffle: As in `Model.fit`.
 
     Returns:
-        Tuple of a Keras adapter, a nested structure of dense tensors, and
-        `RowNumbers`, None where batches are shuffled one by one. The adapter
-        as it is, None and None where there are accelerators, XLA (to which
-        the arrays would be parameters of every step), or arrays that are not
-        dense.
+        Tuple of a Keras adapter, a nested structure of dense tensors, and a
+        function that makes `RowNumbers`, None where batches are shuffled one
+        by one. The adapter as it is, None and None where there are
+        accelerators, XLA (to which the arrays would be parameters of every
+        step), or arrays that are not dense.
     """
     devices = tf.config.list_logical_devices()
     if model.jit_compile or any(one.device_type != "CPU" for one in devices):
@@ -85,7 +87,8 @@ def at_hand(model, adapter, sizes, shuffle):
     )
     if shuffle == "batch":
         return numbers, arrays, None
-    return numbers, arrays, RowNumbers(examples, sizes, shuffle)
+    rows = functools.partial(RowNumbers, examples, sizes, shuffle)
+    return numbers, arrays, rows
 
 
 def specs_of(arrays):

@@ -52,7 +52,8 @@ class Superbatches(keras_private.DataAdapter):
             data, or None if it is not known.
         arrays: Nested structure of tensors whose row numbers are handed
             over, or None if examples are.
-        rows: These `RowNumbers`, or None if the adapter knows them.
+        rows: Function that makes these `RowNumbers`, under the global seed
+            of that moment; None if the adapter knows them.
         model: The model to whose replicas they are dealt out; None where they
             are already.
         copies: What `replicas.copies_read` returns.
@@ -92,7 +93,7 @@ class Superbatches(keras_private.DataAdapter):
         row numbers go to all of them.
         """
         if self._rows is not None:
-            return self._rows
+            return self._rows()
         dataset = self.get_whole_dataset()
         if self._strategy is None:
             return dataset
