@@ -216,4 +216,5 @@ def checked_graphs(team, model, controller, data, cuts=False):
         exactness.check_loss(model, graphs.normaliser, sample)
     if team.replicated:
         exactness.check_division(model, sample)
+    controller.speed.know_communication(team.communication(model))
     return graphs

@@ -5,9 +5,11 @@ has a process of its own, which tries all its laws and prints one line of JSON
 per law. Run it by hand as `python tests/replica_laws.py 3 [law ...]`.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from comparing import plain
 import keras_batchsize as kb
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
+from keras_batchsize import throughput
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.replica_graphs import ReplicaGraphs
@@ -474,6 +477,47 @@ def noise_scale_comes_free_with_every_update(strategy):
     assert ours.result.report.settings["measuring_share"] == 0.0
 
 
+@law(2)
+def the_all_reduce_enters_the_step_time(strategy):
+    """It is timed at the start; a slow one speaks for larger batches."""
+    slow, fast = (
+        recommended_with(strategy, seconds) for seconds in (10.0, 0.0)
+    )
+    assert slow > fast
+    own = adaptive(
+        under(strategy, momentum()), *comparing.regression(), policy="measure"
+    )
+    known = own.result._controller.speed.communication
+    assert 0.0 < known < 10.0, known
+    assert 0.0 < own.result._controller.step_time.communication <= known
+    alone = adaptive(momentum(), *comparing.regression(), policy="measure")
+    assert alone.result._controller.speed.communication == 0.0
+    DIGESTS.append(str(known))  # The slowest worker's, on all.
+
+
+def recommended_with(strategy, seconds):
+    """Returns the best size after a training with a given network."""
+    held = replicas.all_reduce_seconds
+    replicas.all_reduce_seconds = lambda *_: seconds
+    try:
+        ours = adaptive(
+            under(strategy, momentum()),
+            *comparing.regression(),
+            policy="measure",
+        )
+    finally:
+        replicas.all_reduce_seconds = held
+    # Of the same timings: updates of a second, as many examples in one piece.
+    speed = ours.result._controller.speed
+    assert speed.communication == seconds
+    for size in (8, 16, 32):
+        for _ in range(50):
+            speed.add(size, 30.0 + 0.5 * size)
+    return throughput.time_optimal_batch_size(
+        dataclasses.replace(speed.step_time, largest=16), 100.0
+    )
+
+
 @law()
 def an_infinity_on_the_last_replica_skips_the_update(strategy):
     number = strategy.num_replicas_in_sync
@@ -609,6 +653,82 @@ def mirrored(number):
     return tf.distribute.MirroredStrategy(
         [f"CPU:{index}" for index in range(number)]
     )
+
+
+@law(2)
+def callbacks_of_keras_see_what_they_see_on_one_device(strategy):
+    """Stopping, the rate, logs and checkpoints, in the middle of training."""
+    data = x, y = comparing.regression()
+
+    def trained(make_model, train, folder, **arguments):
+        return train(
+            make_model,
+            *data,
+            epochs=8,
+            validation_data=(x[:30], y[:30]),
+            callbacks=[
+                keras.callbacks.EarlyStopping(
+                    "val_loss", min_delta=0.02, restore_best_weights=True
+                ),
+                keras.callbacks.ReduceLROnPlateau(
+                    "val_loss", min_delta=0.1, patience=1
+                ),
+                keras.callbacks.CSVLogger(f"{folder}/log.csv"),
+                keras.callbacks.ModelCheckpoint(f"{folder}/model.keras"),
+                keras.callbacks.TensorBoard(f"{folder}/logs"),
+            ],
+            **arguments,
+        )
+
+    with tempfile.TemporaryDirectory() as one:
+        with tempfile.TemporaryDirectory() as other:
+            theirs = trained(momentum(), plain, one)
+            ours = trained(
+                under(strategy, momentum()), adaptive, other, policy="fixed"
+            )
+            assert len(theirs.history["loss"]) in range(2, 8)
+            comparing.assert_close(ours, theirs, RTOL)
+            lines = [
+                pathlib.Path(folder, "log.csv").read_text().splitlines()
+                for folder in (one, other)
+            ]
+            assert len(lines[0]) == len(lines[1])
+            saved = keras.models.load_model(f"{other}/model.keras")
+            expected = keras.models.load_model(f"{one}/model.keras")
+            for value, its in zip(saved.weights, expected.weights):
+                np.testing.assert_allclose(value, its, rtol=RTOL, atol=RTOL)
+            assert list(pathlib.Path(other, "logs").rglob("*tfevents*"))
+
+
+@law(2, 3)
+def datasets_from_a_function_are_dealt_out_already(strategy):
+    """Each replica gets superbatches of 8; cut into updates of 4 each."""
+    number = strategy.num_replicas_in_sync
+    x, y = comparing.regression(48 * number)
+
+    def of_worker(context):
+        data = tf.data.Dataset.from_tensor_slices((x, y))
+        return data.batch(8)
+
+    data = strategy.distribute_datasets_from_function(of_worker)
+    model = comparing.seeded(under(strategy, momentum()))
+    history = kb.fit(
+        model, data, batch_size=4 * number, policy="fixed",
+        steps_per_epoch=12, verbose=0,
+    )
+    # Position p of a superbatch belongs to replica p mod R.
+    order = np.arange(48 * number).reshape(-1, number, 8)
+    order = order.swapaxes(1, 2).reshape(-1)
+    theirs = plain(
+        momentum(), x[order], y[order], batch_size=4 * number, epochs=1,
+        shuffle=False,
+    )
+    np.testing.assert_allclose(
+        history.history["loss"], theirs.history["loss"], rtol=RTOL
+    )
+    for one, its in zip(model.weights, theirs.model.weights):
+        np.testing.assert_allclose(one.numpy(), its.numpy(), rtol=RTOL,
+                                   atol=RTOL)
 
 
 @law(2)

@@ -39,8 +39,12 @@ def config(addresses, index, job="worker"):
     return json.dumps({"cluster": {"worker": addresses}, "task": task})
 
 
-def run_workers(number, folder):
-    """Runs the program on so many workers; returns what each has printed."""
+def run_workers(number, folder, *laws):
+    """Runs the program on so many workers.
+
+    Returns:
+        For each worker, a dict from law to outcome, and stderr.
+    """
     addresses = [f"localhost:{port}" for port in free_ports(number)]
     files = [
         (folder / f"{index}.out", folder / f"{index}.err")
@@ -52,7 +56,7 @@ def run_workers(number, folder):
             with open(out, "w") as stdout, open(err, "w") as stderr:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, PROGRAM.name, str(folder)],
+                        [sys.executable, PROGRAM.name, str(folder), *laws],
                         cwd=PROGRAM.parent,
                         env={
                             **os.environ,
@@ -70,17 +74,16 @@ def run_workers(number, folder):
         for process in processes:
             process.kill()
             process.wait()
-    return [(out.read_text(), err.read_text()) for out, err in files]
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Returns, for each worker, a dict from law to outcome, and stderr."""
-    printed = run_workers(2, tmp_path_factory.mktemp("workers"))
+    printed = [(out.read_text(), err.read_text()) for out, err in files]
     return [
         ({one["law"]: one for one in map(json.loads, out.splitlines())}, err)
         for out, err in printed
     ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run_workers(2, tmp_path_factory.mktemp("workers"))
 
 
 @pytest.mark.slow
@@ -94,6 +97,55 @@ def test_two_workers_are_one_device(outcomes, law):
     assert second[law]["error"] is None, second[law]["error"]
     # Weights, plans and statistics: the same bits on both.
     assert first[law]["digests"] == second[law]["digests"]
+
+
+# Eight examples make uneven shares of three.
+OF_THREE = (
+    "momentum_is_that_of_one_device",
+    "the_size_may_rise_and_fall",
+    "the_first_worker_that_dies_is_named",
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes_of_three(tmp_path_factory):
+    return run_workers(3, tmp_path_factory.mktemp("three"), *OF_THREE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", OF_THREE)
+def test_three_workers_are_one_device(outcomes_of_three, law):
+    digests = []
+    for index, (found, stderr) in enumerate(outcomes_of_three):
+        if index == 0 and law == OF_THREE[-1]:
+            continue  # It is dead.
+        assert law in found, stderr
+        assert found[law]["error"] is None, found[law]["error"]
+        digests.append(found[law]["digests"])
+    assert all(one == digests[0] for one in digests)
+
+
+@pytest.mark.slow
+def test_several_workers_without_tf_config_are_refused(run_python):
+    program = """if True:
+        import comparing
+        import tensorflow as tf
+        import keras_batchsize as kb
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        with strategy.scope():
+            model = comparing.compiled(comparing.dense)()
+        before = [one.numpy() for one in model.weights]
+        try:
+            kb.fit(model, *comparing.regression(), verbose=0)
+        except ValueError as error:
+            assert model.train_function is None
+            for one, value in zip(model.weights, before):
+                assert (one.numpy() == value).all()
+            print(error)
+    """
+    result = run_python("-c", program, cwd=PROGRAM.parent, timeout=120)
+    assert result.stdout.startswith("TF_CONFIG must tell"), result.stderr
+    assert "it is not set" in result.stdout
 
 
 ADDRESSES = ["a:1111", "b:2222"]
