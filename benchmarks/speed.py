@@ -47,35 +47,31 @@ def typical(seconds):
     return statistics.median(seconds[1:])
 
 
-def plain(options, data, size, steps_per_execution=1):
-    """Seconds of an epoch of `model.fit`."""
-    model = workloads.make(
-        options.model, steps_per_execution=steps_per_execution
-    )
+def epoch_of(fit, options, model, data, size, **rest):
+    """Seconds of an epoch of `fit`, called with a model and data."""
     times = EpochTimes()
-    model.fit(
+    fit(
+        model,
         *data,
         batch_size=size,
         epochs=options.epochs,
         verbose=0,
         callbacks=[times],
+        **rest,
     )
     return typical(times.seconds)
+
+
+def plain(options, data, size, steps=1):
+    """Seconds of an epoch of `model.fit`, `steps` steps per execution."""
+    model = workloads.make(options.model, steps_per_execution=steps)
+    return epoch_of(keras.Model.fit, options, model, data, size)
 
 
 def trainer(options, data, size):
     """Seconds of an epoch of the trainer, size held fixed."""
-    times = EpochTimes()
-    kb.fit(
-        workloads.make(options.model),
-        *data,
-        policy="fixed",
-        batch_size=size,
-        epochs=options.epochs,
-        verbose=0,
-        callbacks=[times],
-    )
-    return typical(times.seconds)
+    model = workloads.make(options.model)
+    return epoch_of(kb.fit, options, model, data, size, policy="fixed")
 
 
 def bare(options, data, size):

@@ -2,13 +2,12 @@
 
 Part of `superbatches.py`. Keras's own pipeline of row numbers is right, but
 each epoch it takes some ten milliseconds to start and to end, as long as a
-small model takes for a thousand examples and more. Here a small pipeline draws
-the order of an epoch as Keras's does, and the rest is slicing.
+small model takes for a thousand examples and more. Here a function draws the
+order of an epoch as Keras's pipeline does, and the rest is slicing.
 """
 
 import itertools
 
-import numpy as np
 import tensorflow as tf
 
 
@@ -22,15 +21,21 @@ class RowNumbers(tf.distribute.DistributedDataset):
     Args:
         examples: Number of rows.
         sizes: Sizes of superbatches, which repeat; the last may be smaller.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether rows are shuffled.
     """
 
     def __init__(self, examples, sizes, shuffle):
         self._sizes = sizes
-        self._orders = _orders(examples, shuffle)
+        self._draw = _drawing(examples, shuffle)
+        self._kept = None
 
     def __iter__(self):
-        return RowIterator(self._orders, self._sizes)
+        order = self._kept
+        if order is None:
+            order = self._draw(tf.constant(0, tf.int64)).numpy()
+        if not _is_random(self._draw):
+            self._kept = order
+        return RowIterator(order, self._sizes)
 
     @property
     def element_spec(self):
@@ -42,22 +47,19 @@ class RowIterator:
     """One pass over the row numbers.
 
     Args:
-        orders: `tf.data.Dataset` whose one element is the order of an epoch.
+        order: Integer array of shape (rows,).
         sizes: Sizes of superbatches, which repeat.
     """
 
-    def __init__(self, orders, sizes):
-        self._orders = orders
+    def __init__(self, order, sizes):
+        self._order = order
         self._sizes = itertools.cycle(sizes)
-        self._order = None
         self._position = 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self._order is None:
-            self._order = np.asarray(next(iter(self._orders)))
         start = self._position
         if start >= len(self._order):
             raise StopIteration
@@ -65,19 +67,29 @@ class RowIterator:
         return tf.constant(self._order[start : self._position])
 
 
-def _orders(examples, shuffle):
-    """Returns a dataset whose only element is the order of an epoch.
+def _drawing(examples, shuffle):
+    """Returns a function that draws the order of an epoch.
 
-    It is Keras's order bit for bit: the same operations, in a function of
-    their own, so that the global seed gives them the same seeds.
+    Its first order is Keras's, bit for bit: the same operations after the same
+    argument, for it is from their place in a function that TensorFlow gives
+    them seeds, below the global one.
     """
 
     def order(_):
         rows = tf.range(examples, dtype=tf.int64)
         return tf.random.shuffle(rows) if shuffle else rows
 
-    options = tf.data.Options()
-    # There is nothing to tune, and both take longer than the rest.
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    return tf.data.Dataset.range(1).map(order).with_options(options)
+    function = tf.function(order, autograph=False)
+    return function.get_concrete_function(tf.TensorSpec((), tf.int64))
+
+
+def _is_random(drawing):
+    """Whether every epoch has an order of its own.
+
+    With a global seed it does not: Keras's pipeline draws the same one again.
+    """
+    return any(
+        operation.type == "RandomShuffle"
+        and (operation.get_attr("seed"), operation.get_attr("seed2")) == (0, 0)
+        for operation in drawing.graph.get_operations()
+    )
