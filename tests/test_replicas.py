@@ -13,7 +13,7 @@ import replica_laws
 import tensorflow as tf
 
 PROGRAM = pathlib.Path(replica_laws.__file__)
-# Seconds for all laws of a process; about 40 on a quiet machine.
+# Seconds for all laws of a process; about 60 on a quiet machine.
 TIME_LIMIT = 500
 
 

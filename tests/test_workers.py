@@ -21,7 +21,7 @@ from keras_batchsize import workers
 
 PROGRAM = pathlib.Path(worker_laws.__file__)
 ROOT = PROGRAM.parents[1]
-# Seconds for all laws; about 90 on a quiet machine.
+# Seconds for all laws of two workers; about 70 on a quiet machine.
 TIME_LIMIT = 550
 
 
