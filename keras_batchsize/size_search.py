@@ -39,9 +39,9 @@ _AIM = 0.98
 # By so much (peak - constant)/size was seen to rise over a jump of any length.
 _RISE = 1.15
 # A size that takes so much of what is there for batches is large enough.
-_ENOUGH = 0.96
+_ENOUGH = 0.94
 # Steps that gain less are not worth a trial.
-_SMALLEST_GAIN = 1.03
+_SMALLEST_GAIN = 1.05
 # Two sizes closer than this tell the noise of peaks, not their slope.
 _SLOPE_OVER = 1.5
 # Nor is a size that the time left shrinks to less than this.
