@@ -58,7 +58,6 @@ class Course:
         # not quite as large as the largest tensor, half of it on average.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
         self._hole /= 2 * count
-        self._rare = (1.0 - meter.reserve) / (1.0 - meter.reserve / 3.0)
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -68,10 +67,10 @@ class Course:
         if meter.peak() is None:
             return given, None, size_search.MEMORY
         own, reason = meter.limit()
-        if own is not None:
-            own = 1.0 / self._agreed(1.0 / own)[0]
         if given is not None and (own is None or given <= own):
             own, reason = given, size_search.MEMORY
+        (inverse,) = self._agreed(1.0 / own if own else 0.0)
+        own = 1.0 / inverse if inverse else None
         if own is None:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
@@ -157,7 +156,7 @@ class Course:
         """
         if self._workers is None or self._workers.number == 1:
             return list(values)
-        return self._workers.slowest(values)
+        return self._workers.largest(values)
 
     def _predict(self, size):
         """Remembers what the line through the two largest lets expect."""
@@ -199,7 +198,7 @@ class Course:
         """Returns how many bytes must be there for a size.
 
         Of equal updates, the usual peak and the hole that tensors may leave;
-        or the largest peak that was seen, some of which the reserve is for.
+        or the largest peak that was seen, if that is more.
 
         Args:
             size: Integer, examples per update.
@@ -218,7 +217,7 @@ class Course:
         added = max(other - usual, 0.0)
         self._most[size] = max(most, self._most.get(size, 0))
         usual += added + self._hole * size
-        return max(most * self._rare, usual), added
+        return max(most, usual), added
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""

@@ -10,8 +10,10 @@ import random
 
 import numpy as np
 
+from keras_batchsize import _memory_host
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
+from keras_batchsize._batch_profile_text import megabytes
 
 
 class Snapshot:
@@ -33,16 +35,21 @@ class Snapshot:
         self._known = set()
 
     def add_variables(self):
-        """Copies the values of all variables that there are, to the host."""
+        """Copies the values of all variables that there are, to the host.
+
+        Raises:
+            ValueError: If the host has no room for the copies. Linux would
+                grant it all the same, and end the process later.
+        """
         variables = exhaustion.variables_of(self._model)
         variables += keras_private.global_seeds(self._keras)
-        for variable in variables:
-            if id(variable) not in self._known:
-                self._known.add(id(variable))
-                self._values += [
-                    (component, np.array(component.numpy(), copy=True))
-                    for component in exhaustion.components(variable)
-                ]
+        new = [one for one in variables if id(one) not in self._known]
+        parts = [part for one in new for part in exhaustion.components(one)]
+        _check_room(exhaustion.bytes_of(parts))
+        self._known.update(map(id, new))
+        self._values += [
+            (part, np.array(part.numpy(), copy=True)) for part in parts
+        ]
 
     @property
     def variables(self):
@@ -65,3 +72,14 @@ class Snapshot:
         random.setstate(self._random)
         np.random.set_state(self._numpy)
         keras_private.set_global_state(self._keras)
+
+
+def _check_room(needed):
+    free = _memory_host.available_bytes()
+    if free is not None and needed > free:
+        raise ValueError(
+            "The host must have room for a copy of all weights and optimizer "
+            "slots: a probe puts them back. Received: a model of "
+            f"{megabytes(needed)} MB, {megabytes(free)} MB free. End other "
+            "processes, or train without a probe: give max_batch_size."
+        )

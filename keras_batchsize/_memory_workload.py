@@ -32,7 +32,7 @@ _PRIME = 61
 CALLS = 3
 # Calls more at the size that is to be the answer: peaks of equal steps differ.
 # So many at least, and up to so many in so many seconds.
-AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 5, 15, 0.5
+AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 8, 15, 0.5
 _LONG_SECONDS = 0.3
 
 

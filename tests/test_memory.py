@@ -1,5 +1,6 @@
 """The probe: what it returns, what it leaves, and what it refuses."""
 
+import itertools
 import random
 
 import comparing
@@ -47,6 +48,47 @@ def test_answer_was_run_and_stayed_within_the_margin():
     assert 0.85 * 8000 <= profile.max_batch_size <= 8000
     assert profile.reason == "memory"
     assert len(profile.rows) <= 7
+
+
+class SpikyMeter(FakeMeter):
+    """Every fourth peak is higher; large tensors leave holes."""
+
+    reserve = 0.09
+    leaves_holes = True
+
+    def __init__(self, spike, **arguments):
+        super().__init__(**arguments)
+        self._spike = spike
+        self._read = itertools.count(1)
+
+    def peak(self):
+        rare = next(self._read) % 4 == 0
+        return super().peak() * (self._spike if rare else 1.0)
+
+
+@pytest.mark.parametrize("spike", [1.0, 1.04, 1.3])
+def test_rare_peaks_count(spike):
+    meter = SpikyMeter(
+        spike, limit=100 * MB, constant=10 * MB, slope=0.01 * MB
+    )
+    size = probe(meter, safety_margin=0.05).max_batch_size
+    most = spike * (10 * MB + 0.01 * MB * size)
+    usable = 0.95 * 0.91 * 100 * MB
+    # What there is is used: the tensors of the model are small.
+    assert 0.85 * usable <= most <= usable
+
+
+def test_what_fragmentation_takes_is_half_of_the_largest_tensor():
+    meter = SpikyMeter(1.0, limit=10 * MB, slope=1000)
+    wide = keras.Sequential(
+        [keras.Input((comparing.FEATURES,)), keras.layers.Dense(500)]
+    )
+    wide.add(keras.layers.Dense(1))
+    wide.compile("sgd", "mse")
+    profile = probe(meter, wide)
+    assert profile.hole_per_example == 500 * 4 / 2
+    room = 10 * MB * 0.95 * 0.91
+    assert 0.85 * room <= 2000 * profile.max_batch_size <= room
 
 
 @pytest.mark.parametrize(
@@ -153,7 +195,7 @@ def test_workers_agree_on_the_fullest_and_the_slowest(monkeypatch):
 
         number = 2
 
-        def slowest(self, values):
+        def largest(self, values):
             return [2.0 * value for value in values]
 
     course = memory.Course
@@ -233,6 +275,37 @@ def images():
     return x, rng.integers(0, 3, 30)
 
 
+def float8_model():
+    """Scales of float8 are weights whose gradient is their new value."""
+    layers = [
+        keras.layers.Flatten(),
+        keras.layers.Dense(8, dtype="float8_from_float32"),
+        keras.layers.Dense(3),
+    ]
+    model = keras.Sequential([keras.Input((6, 6, 1)), *layers])
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return model
+
+
+def test_float8_is_probed_where_it_runs():
+    model = comparing.seeded(float8_model)
+    try:
+        model.train_on_batch(*images())
+    except (NotImplementedError, TypeError, tf.errors.OpError) as error:
+        pytest.skip(f"float8 does not run here: {error}")
+    outcomes = []
+    for probes in (False, True):
+        model = comparing.seeded(float8_model)
+        if probes:
+            profile = kb.find_max_batch_size(model, *images(), maximum=20)
+            assert profile.max_batch_size == 20
+            assert "float8" in profile.dtype_policy
+        outcomes.append(everything(model))
+    assert outcomes[0] == outcomes[1]
+
+
 def outcome(probes, policy, jit_compile, built, warm):
     model = comparing.seeded(lambda: image_model(policy, jit_compile, built))
     if warm:
@@ -250,7 +323,9 @@ def outcome(probes, policy, jit_compile, built, warm):
         ("mixed_float16", False, False, False),
         ("mixed_float16", False, True, True),
         ("mixed_bfloat16", False, True, False),
+        ("mixed_bfloat16", False, True, True),
         ("float32", True, True, False),
+        ("mixed_float16", True, True, True),
     ],
 )
 def test_training_after_a_probe_is_training_without(
@@ -441,6 +516,19 @@ def test_impossible_arguments_are_refused(arguments, error):
     with pytest.raises(error, match="Received: "):
         kb.find_max_batch_size(model, *comparing.regression(), **arguments)
     assert not model.optimizer.built
+
+
+def test_host_without_room_for_a_copy_of_the_weights_is_refused(monkeypatch):
+    model = make_dense()
+    before = comparing.variables_of(model)
+    state = random.getstate()
+    monkeypatch.setattr(_memory_host, "available_bytes", lambda: 100)
+    with pytest.raises(ValueError, match="(?s)host must have room.*Received"):
+        kb.find_max_batch_size(model, *comparing.regression())
+    assert random.getstate() == state
+    after = comparing.variables_of(model)
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name])
 
 
 def test_limit_below_the_weights_is_refused():

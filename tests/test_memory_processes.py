@@ -1,5 +1,6 @@
-"""What takes a process of its own: real allocators, XLA, replicas."""
+"""What takes a process of its own: real allocators, XLA, replicas, workers."""
 
+import json
 import os
 import pathlib
 import random
@@ -7,6 +8,7 @@ import random
 import keras
 import numpy as np
 import pytest
+from test_workers import run_workers
 
 import keras_batchsize as kb
 from keras_batchsize import memory
@@ -35,6 +37,21 @@ def test_in_a_process(name, environment, run_python, monkeypatch):
     process = run_python(str(SCRIPT), name, timeout=280)
     assert process.returncode == 0, process.stderr[-4000:]
     assert process.stdout.endswith("KEPT\n")
+
+
+def test_two_workers_agree_on_what_the_smaller_one_takes(tmp_path):
+    larger = {**LIMIT, "TF_CPU_BFC_MEM_LIMIT_IN_MB": "260"}
+    program = SCRIPT.with_name("memory_in_workers.py")
+    printed = run_workers(2, tmp_path, program, (larger, LIMIT))
+    assert all(out for out, _ in printed), [err[-3000:] for _, err in printed]
+    first, second = [json.loads(out.splitlines()[-1]) for out, _ in printed]
+    # Same sizes in the same order, the same answer, the same training.
+    assert first == second
+    assert first["limit"] == 150 * 2**20
+    assert first["reason"] == "memory"
+    assert not any(first["failed"])
+    assert first["size"] % 2 == 0 and first["size"] in first["tried"]
+    assert np.all(np.isfinite(first["losses"]))
 
 
 def model_of(activation="relu", optimizer="adam", width=32):

@@ -1,0 +1,59 @@
+"""Two workers with unequal memory: a program that each of them runs.
+
+TF_CONFIG says which worker it is, the environment how much TensorFlow's
+allocator may hand out. Prints one line of JSON with all that must be the same
+on both.
+"""
+
+import hashlib
+import json
+import sys
+
+import comparing
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_batchsize as kb
+
+WIDTH, EXAMPLES = 2048, 2**14
+
+
+def wide():
+    """8 kB per example and tensor, from examples of a few bytes."""
+    inputs = keras.Input((comparing.FEATURES,))
+    hidden = keras.layers.Dense(WIDTH, activation="relu")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    return model
+
+
+def main():
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+    def make():
+        with strategy.scope():
+            return wide()
+
+    data = comparing.regression(EXAMPLES)
+    model = comparing.seeded(make)
+    profile = kb.find_max_batch_size(model, *data)
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+    history = trainer.fit(
+        *data, batch_size=profile.max_batch_size, epochs=2, verbose=0
+    )
+    weights = b"".join(np.array(one).tobytes() for one in model.get_weights())
+    outcome = {
+        "size": profile.max_batch_size,
+        "reason": profile.reason,
+        "limit": profile.memory_limit,
+        "tried": [row.batch_size for row in profile.rows],
+        "failed": [row.note == "out of memory" for row in profile.rows],
+        "losses": history.history["loss"],
+        "weights": hashlib.sha256(weights).hexdigest(),
+    }
+    sys.stdout.write(json.dumps(outcome) + "\n")
+
+
+if __name__ == "__main__":
+    main()
