@@ -173,10 +173,15 @@ class Workload:
             meter.reset(self.resident_bytes)
             # What lies in memory already does not show in the rise.
             data = self._waiting(size)
-        for call in range(CALLS if first < _LONG_SECONDS else CALLS - 1):
+        # Replicas wait for each other, and workers have clocks of their own:
+        # all must make the same calls.
+        long = first >= _LONG_SECONDS and not self._replicated
+        for call in range(CALLS - 1 if long else CALLS):
             shortest = min(seconds, default=first)
             updates = 1
-            if shortest < _SHORT_SECONDS and not self.compiles:
+            if shortest < _SHORT_SECONDS and not (
+                self.compiles or self._replicated
+            ):
                 # With XLA, another number would be another graph.
                 updates = BATCHES_HELD // len(data)
             batch = data[call % len(data)]
@@ -272,7 +277,7 @@ class Workload:
         """
         self._meter.reset(self.resident_bytes)
         data, peaks, seconds = self._waiting(size), [], 0.0
-        for call in range(_AGAIN_SHORT):
+        for call in range(AGAIN if self._replicated else _AGAIN_SHORT):
             if call >= AGAIN and seconds >= _AGAIN_SECONDS:
                 break
             seconds += self._timed(
