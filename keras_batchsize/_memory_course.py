@@ -44,8 +44,8 @@ class Course:
         strategy = replicas.strategy_of(model)
         self._workers = None if strategy is None else Workers(strategy)
         # Others may hold memory on the device, too.
-        self._resident = max(
-            float(workload.resident_bytes), float(meter.current() or 0)
+        (self._resident,) = self._agreed(
+            max(float(workload.resident_bytes), float(meter.current() or 0))
         )
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
@@ -227,12 +227,22 @@ class Course:
         except Exception as error:
             if not exhaustion.is_out_of_memory(error):
                 raise
+            self._check_alone(error)
             failed = True
         if failed:
             # Only now has the error let go of the tensors of its step.
             gc.collect()
         self._workload.restore_values()
         return None if failed else result
+
+    def _check_alone(self, error):
+        if self._workers is not None and self._workers.number > 1:
+            raise RuntimeError(
+                "Memory must not run out on one of several workers: the others "
+                "wait for its part of the step. Received: "
+                f"{self._workers.number} workers. Probe with a smaller "
+                "`maximum`, a larger `safety_margin`, or give max_batch_size."
+            ) from error
 
     def _finishes_epoch(self, best):
         """Whether all else that happens at a size fits, too.

@@ -16,13 +16,14 @@ import tensorflow as tf
 
 import keras_batchsize as kb
 
-WIDTH, EXAMPLES = 2048, 2**14
+WIDTH, LAYERS, EXAMPLES = 256, 12, 2**16
 
 
 def wide():
-    """8 kB per example and tensor, from examples of a few bytes."""
-    inputs = keras.Input((comparing.FEATURES,))
-    hidden = keras.layers.Dense(WIDTH, activation="relu")(inputs)
+    """Many small tensors: few holes, so that no trial runs out of memory."""
+    hidden = inputs = keras.Input((comparing.FEATURES,))
+    for _ in range(LAYERS):
+        hidden = keras.layers.Dense(WIDTH, activation="relu")(hidden)
     model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     return model

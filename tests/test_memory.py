@@ -212,6 +212,9 @@ def test_workers_agree_on_the_fullest_and_the_slowest(monkeypatch):
     assert both.memory_limit == 50 * MB
     quarter = alone.max_batch_size / 4
     assert 0.85 * quarter <= both.max_batch_size <= 1.15 * quarter
+    # A worker that runs out of memory does not go on alone.
+    with pytest.raises(RuntimeError, match="wait for its part"):
+        probe(FakeMeter(limit=None, fails_at=100))
 
 
 # What it leaves.
