@@ -4,11 +4,14 @@ import json
 import os
 import pathlib
 import random
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
-from test_workers import run_workers
+from test_workers import config
+from test_workers import free_ports
 
 import keras_batchsize as kb
 from keras_batchsize import memory
@@ -39,12 +42,40 @@ def test_in_a_process(name, environment, run_python, monkeypatch):
     assert process.stdout.endswith("KEPT\n")
 
 
+def run_workers(folder, environments):
+    """Runs a worker in each environment; returns what each printed."""
+    addresses = [f"localhost:{port}" for port in free_ports(2)]
+    processes = []
+    try:
+        for index, environment in enumerate(environments):
+            with open(folder / f"{index}.err", "w") as errors:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "memory_in_workers.py"],
+                        cwd=SCRIPT.parent,
+                        env={
+                            **os.environ,
+                            **environment,
+                            "PYTHONPATH": str(SCRIPT.parents[1]),
+                            "TF_CONFIG": config(addresses, index),
+                        },
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+        printed = [one.communicate(timeout=240)[0] for one in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert all(printed), (folder / "0.err").read_text()[-3000:]
+    return [json.loads(one.splitlines()[-1]) for one in printed]
+
+
 def test_two_workers_agree_on_what_the_smaller_one_takes(tmp_path):
     larger = {**LIMIT, "TF_CPU_BFC_MEM_LIMIT_IN_MB": "260"}
-    program = SCRIPT.with_name("memory_in_workers.py")
-    printed = run_workers(2, tmp_path, program, (larger, LIMIT))
-    assert all(out for out, _ in printed), [err[-3000:] for _, err in printed]
-    first, second = [json.loads(out.splitlines()[-1]) for out, _ in printed]
+    first, second = run_workers(tmp_path, (larger, LIMIT))
     # Same sizes in the same order, the same answer, the same training.
     assert first == second
     assert first["limit"] == 150 * 2**20
