@@ -158,7 +158,7 @@ class Controller:
         """
         if examples != self.superbatch_size or self.measures_for_free:
             return False
-        seconds = self.timings.median(self.batch_size) or 0.0
+        seconds = self.timings.least(self.batch_size) or 0.0
         return self.measuring.is_due(
             self.updates, examples_ahead * seconds / self.batch_size
         )

@@ -28,6 +28,10 @@ _REMEMBERED = 15
 _FIRST = 6
 _FIRST_EVERY = 2
 
+# The next measurement is taken for as dear as the dearest of so many. Fewer
+# than the first ones, of which one holds the tracing.
+_COSTS = 5
+
 
 class Timings:
     """Seconds per update at each batch size, the latest few of each."""
@@ -50,6 +54,11 @@ class Timings:
         """Returns the median seconds per update, or None if never timed."""
         latest = self._seconds.get(int(batch_size))
         return statistics.median_low(latest) if latest else None
+
+    def least(self, batch_size):
+        """Returns the fewest seconds of an update, or None if never timed."""
+        latest = self._seconds.get(int(batch_size))
+        return min(latest) if latest else None
 
     def count(self, batch_size):
         """Returns how many timings of a size are remembered."""
@@ -97,7 +106,7 @@ class MeasuringSchedule:
         self.every = every
         self._elapsed = 0.0
         self._spent = 0.0
-        self._cost = 0.0
+        self._costs = []
         self._taken = 0
         self._updates = 0
         self._superbatches = 0
@@ -108,6 +117,7 @@ class MeasuringSchedule:
         Args:
             updates: Updates made so far.
             seconds_ahead: Training time whose budget may be spent in advance.
+                Better too little than too much: what is spent is spent.
         """
         if self.every is None:
             return False
@@ -116,7 +126,7 @@ class MeasuringSchedule:
         if self._taken < _FIRST:
             return self._superbatches % _FIRST_EVERY == 1
         credit = BUDGET * (self._elapsed + seconds_ahead) - self._spent
-        return credit >= self._cost
+        return credit >= max(self._costs)
 
     def book(self, updates, seconds, cost):
         """Books a superbatch.
@@ -133,7 +143,7 @@ class MeasuringSchedule:
             return
         self._taken += 1
         self._updates = updates
-        self._cost = cost
+        self._costs = [*self._costs, cost][-_COSTS:]
         if self._taken > _FIRST:
             self._spent += cost
 

@@ -78,6 +78,21 @@ def test_costs_that_change_overdraw_by_one_measurement_at_most():
     )
 
 
+def test_a_cheap_measurement_does_not_make_the_next_one_cheap():
+    schedule, spent, elapsed, taken = MeasuringSchedule(), 0.0, 0.0, 0
+    for index in range(3000):
+        measures = schedule.is_due(index, 0.0)
+        cost = (1.0, 0.1)[taken % 2] if measures else None
+        schedule.book(index, 1.0 + (cost or 0.0), cost)
+        elapsed += 1.0 + (cost or 0.0)
+        taken += measures
+        spent += cost or 0.0
+        if taken <= measuring._FIRST:
+            spent = 0.0
+        assert spent <= 0.02 * elapsed
+    assert taken > 2 * measuring._FIRST
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_the_first_few_are_measured_whatever_they_cost(cost):
     first = 2 * measuring._FIRST
