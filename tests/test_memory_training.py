@@ -168,6 +168,39 @@ def test_policies_are_compared_and_put_back():
     assert "mixed_float16" in lines[3] and "agree" in lines[3]
 
 
+def with_dropout():
+    inputs = keras.Input((comparing.FEATURES,))
+    hidden = keras.layers.Dense(16, activation="relu")(inputs)
+    hidden = keras.layers.Dropout(0.5)(hidden)
+    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(hidden))
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_dropout_does_not_make_policies_disagree():
+    # Under mixed policies masks are drawn in another type, hence other ones.
+    comparison = kb.compare_dtype_policies(
+        with_dropout, *comparing.regression(64), maximum=64
+    )
+    losses = [result.losses for result in comparison.results]
+    rounding = 16 * 2**-10  # Of float16.
+    assert abs(losses[2][0] / losses[0][0] - 1) > rounding
+    assert all(result.agrees for result in comparison.results), losses
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_losses_agree_up_to_rounding_and_other_seeds(spread):
+    reference = _memory_compare._Reference([], (1.0, 2.0), (spread, spread))
+
+    def agree(*losses):
+        return _memory_compare._agree(losses, reference, "mixed_bfloat16")
+
+    assert agree(1.1, 2.1)
+    assert agree(1.5, 2.5) == (spread > 0)
+    assert not agree(1.0, 3.5)
+    assert not agree(1.0, float("nan"))
+
+
 def result(policy, size, speed, agrees=True, reason="memory"):
     profile = found(size, 0.0, 1.0 / speed, reason)
     return _memory_compare.PolicyResult(policy, profile, (), agrees)
