@@ -169,6 +169,7 @@ def test_policies_are_compared_and_put_back():
 
 
 def with_dropout():
+    keras.utils.set_random_seed(0)  # As many a user's function does.
     inputs = keras.Input((comparing.FEATURES,))
     hidden = keras.layers.Dense(16, activation="relu")(inputs)
     hidden = keras.layers.Dropout(0.5)(hidden)
@@ -188,9 +189,9 @@ def test_dropout_does_not_make_policies_disagree():
     assert all(result.agrees for result in comparison.results), losses
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 0.6])
 def test_losses_agree_up_to_rounding_and_other_seeds(spread):
-    reference = _memory_compare._Reference([], (1.0, 2.0), (spread, spread))
+    reference = _memory_compare._Reference([], (1.0, 2.0), spread)
 
     def agree(*losses):
         return _memory_compare._agree(losses, reference, "mixed_bfloat16")
