@@ -1,6 +1,7 @@
 """Dtype policies side by side: what each buys, and whether it learns alike."""
 
 import dataclasses
+import gc
 import math
 import random
 import sys
@@ -126,64 +127,56 @@ def compared(build_fn, x, y, policies, find):
     states = random.getstate(), np.random.get_state()
     keras_state = keras_private.global_state()
     seed = random.Random(str(states[0])).randrange(2**31)
-    results, reference = [], None
+    results, weights = [], None
     try:
         for policy in policies:
+            # Models are cycles of references: the last ones still fill memory.
+            gc.collect()
             keras.config.set_dtype_policy(policy)
             keras.utils.set_random_seed(seed)
-            result, reference = _result(
-                build_fn, policy, (x, y), find, reference
-            )
+            result, weights = _result(build_fn, policy, (x, y), find, weights)
             results.append(result)
+        # Last, or its models would take the memory that is probed.
+        keras.config.set_dtype_policy(policies[0])
+        spread = _spread(build_fn, (x, y), results[0].losses, weights)
     finally:
         keras.config.set_dtype_policy(before)
         random.setstate(states[0])
         np.random.set_state(states[1])
         keras_private.set_global_state(keras_state)
+    results = [_judged(result, results[0], spread) for result in results]
     return DtypeComparison(results, *_recommendation(results))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reference:
-    """The first policy, with which others are compared.
-
-    Attributes:
-        weights: Weights that all start from.
-        losses: Losses of its first updates.
-        spread: How far other seeds took any of them, 0 without randomness.
-    """
-
-    weights: list
-    losses: tuple
-    spread: float
-
-
-def _result(build_fn, policy, data, find, reference):
+def _result(build_fn, policy, data, find, weights):
     model = build_fn()
+    first = weights is None
     try:
         profile = find(model)
-        if reference is None:
-            reference = _reference(build_fn, model, data)
-            losses = reference.losses
-        else:
-            losses = _first_losses(model, data, reference.weights)
+        weights = model.get_weights() if first else weights
+        losses = _first_losses(model, data, weights)
     except (
         NotImplementedError,
         TypeError,
         tf.errors.UnimplementedError,
     ) as error:
-        if reference is None:
+        if first:
             raise
         # A layer or a device that does not know the type.
         note = f"does not run: {type(error).__name__}"
-        return PolicyResult(policy, None, (), False, note), reference
-    agrees = _agree(losses, reference, policy)
-    return PolicyResult(policy, profile, losses, agrees), reference
+        return PolicyResult(policy, None, (), False, note), weights
+    return PolicyResult(policy, profile, losses, False), weights
 
 
-def _reference(build_fn, model, data):
-    weights = model.get_weights()
-    losses = _first_losses(model, data, weights)
+def _judged(result, reference, spread):
+    agrees = result.profile is not None and _agree(
+        result.losses, reference.losses, spread, result.dtype_policy
+    )
+    return dataclasses.replace(result, agrees=agrees)
+
+
+def _spread(build_fn, data, losses, weights):
+    """Returns how far other seeds take a loss, 0 without randomness."""
     spread = 0.0
     for seed in range(_SEEDS):
         keras.utils.set_random_seed(seed)
@@ -193,11 +186,11 @@ def _reference(build_fn, model, data):
             model(_first_examples(data[0]), training=True)
         others = _first_losses(model, data, weights)
         if others == losses:
-            break  # There is no randomness.
+            break
         spread = max(
             spread, *(abs(one - other) for one, other in zip(losses, others))
         )
-    return _Reference(weights, losses, spread)
+    return spread
 
 
 def _first_losses(model, data, weights):
@@ -219,7 +212,7 @@ def _first_examples(data):
     return keras.tree.map_structure(lambda one: one[:EXAMPLES], data)
 
 
-def _agree(losses, reference, policy):
+def _agree(losses, expected, spread, policy):
     digits = 23
     if "bfloat16" in policy:
         digits = 7
@@ -230,8 +223,8 @@ def _agree(losses, reference, policy):
     tolerance = min(_ROUNDINGS * 2.0**-digits, 0.25)
     return all(
         math.isfinite(one)
-        and abs(one - other) <= tolerance * abs(other) + reference.spread
-        for one, other in zip(losses, reference.losses)
+        and abs(one - other) <= tolerance * abs(other) + spread
+        for one, other in zip(losses, expected)
     )
 
 
