@@ -73,7 +73,7 @@ def totals(profile):
         lines.insert(
             1, ("memory would end at", f"about {estimate:,.0f}, not run")
         )
-    return lines + [("note", note) for note in profile.notes]
+    return lines
 
 
 def _saturation(profile):

@@ -77,7 +77,6 @@ class BatchProfile:
         replicas: Number of replicas that share a batch.
         jit_compile: Whether XLA compiled the step.
         seconds: Seconds that the probe took.
-        notes: List of sentences that a reader must know.
     """
 
     rows: list
@@ -93,7 +92,6 @@ class BatchProfile:
     replicas: int = 1
     jit_compile: bool = False
     seconds: float = 0.0
-    notes: list = dataclasses.field(default_factory=list)
 
     @property
     def step_time(self):
