@@ -132,7 +132,7 @@ def read_examples(model, x, y=None, sample_weight=None):
         shuffle=False,
     )
     # The replicas get their shares when a batch is made.
-    first = next(iter(superbatches.get_whole_dataset().take(1)), None)
+    first = superbatches.first()
     if first is None:
         raise ValueError(
             "The data must hold examples: a training step is run on them. "

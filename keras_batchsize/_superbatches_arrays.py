@@ -5,14 +5,10 @@ shuffled row numbers, and each batch is gathered where it is used: no
 superbatch is copied, and an epoch does not wait for its first one.
 """
 
-import functools
-
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
-from keras_batchsize._superbatches_rows import RowNumbers
 
 
 def is_arrays(x):
@@ -56,39 +52,26 @@ def count(x, y, sample_weight):
     return next(iter(lengths))
 
 
-def at_hand(model, adapter, sizes, shuffle):
-    """Returns an adapter of row numbers, and the arrays to gather rows from.
-
-    Keras draws the same order for the numbers as for the rows.
+def at_hand(model, adapter):
+    """Returns the arrays from which the rows of a batch can be gathered.
 
     Args:
         model: The Keras model to train.
         adapter: Keras's adapter of the arrays.
-        sizes: Sizes of the superbatches, which repeat.
-        shuffle: As in `Model.fit`.
 
     Returns:
-        Tuple of a Keras adapter, a nested structure of dense tensors, and a
-        function that makes `RowNumbers`, None where batches are shuffled one
-        by one. The adapter as it is, None and None where there are
-        accelerators, XLA (to which the arrays would be parameters of every
-        step), or arrays that are not dense.
+        Nested structure of dense tensors. None where there are accelerators,
+        XLA (to which the arrays would be parameters of every step), or arrays
+        that are not dense.
     """
     devices = tf.config.list_logical_devices()
     if model.jit_compile or any(one.device_type != "CPU" for one in devices):
-        return adapter, None, None
+        return None
     arrays = keras_private.tensors_of(adapter)
     leaves = [one for one in keras.tree.flatten(arrays) if one is not None]
     if not all(isinstance(one, tf.Tensor) for one in leaves):
-        return adapter, None, None
-    examples = leaves[0].shape[0]
-    numbers = keras_private.data_adapter_for(
-        np.arange(examples), batch_size=adapter.batch_size, shuffle=shuffle
-    )
-    if shuffle == "batch":
-        return numbers, arrays, None
-    rows = functools.partial(RowNumbers, examples, sizes, shuffle)
-    return numbers, arrays, rows
+        return None
+    return arrays
 
 
 def specs_of(arrays):
@@ -101,14 +84,3 @@ def specs_of(arrays):
         ),
         arrays,
     )
-
-
-def pipeline_options():
-    """Options for a pipeline of row numbers, which has nothing to tune.
-
-    The thread that tunes holds up the end of an iterator, and so the next
-    epoch, by 50 ms and more, now and then.
-    """
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options

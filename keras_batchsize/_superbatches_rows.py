@@ -1,9 +1,9 @@
 """Shuffled row numbers, a superbatch at a time.
 
-Part of `superbatches.py`. Keras's own pipeline of row numbers is right, but
-each epoch it takes some ten milliseconds to start and to end, as long as a
-small model takes for a thousand examples and more. Here a function draws the
-order of an epoch as Keras's pipeline does, and the rest is slicing.
+Part of `superbatches.py`. A pipeline of Keras's would do, but each epoch it
+takes some ten milliseconds to start and to end, as long as a small model takes
+for a thousand examples and more. Here a function draws the order of an epoch as
+Keras's pipeline does, and the rest is slicing.
 """
 
 import itertools
@@ -21,19 +21,24 @@ class RowNumbers(tf.distribute.DistributedDataset):
     Args:
         examples: Number of rows.
         sizes: Sizes of superbatches, which repeat; the last may be smaller.
-        shuffle: Whether rows are shuffled.
+        shuffle: As in `Model.fit`.
+        batch_size: Rows that "batch" shuffles among themselves.
     """
 
-    def __init__(self, examples, sizes, shuffle):
+    def __init__(self, examples, sizes, shuffle, batch_size=None):
         self._sizes = sizes
-        self._draw = _drawing(examples, shuffle)
+        self._draw, self._is_random = (
+            _drawing_by_batch(examples, batch_size)
+            if shuffle == "batch"
+            else _drawing(examples, shuffle)
+        )
         self._kept = None
 
     def __iter__(self):
         order = self._kept
         if order is None:
             order = self._draw(tf.constant(0, tf.int64)).numpy()
-        if not _is_random(self._draw):
+        if not self._is_random:
             self._kept = order
         return RowIterator(order, self._sizes)
 
@@ -73,14 +78,47 @@ def _drawing(examples, shuffle):
     Its first order is Keras's, bit for bit: the same operations after the same
     argument, for it is from their place in a function that TensorFlow gives
     them seeds, below the global one.
+
+    Returns:
+        Tuple of the function and whether it draws another order each time.
     """
 
     def order(_):
         rows = tf.range(examples, dtype=tf.int64)
         return tf.random.shuffle(rows) if shuffle else rows
 
-    function = tf.function(order, autograph=False)
-    return function.get_concrete_function(tf.TensorSpec((), tf.int64))
+    function = _traced(order, ())
+    return function, _is_random(function)
+
+
+def _drawing_by_batch(examples, batch_size):
+    """Likewise, where the rows of each batch are shuffled among themselves."""
+    shuffled = _traced(tf.random.shuffle, (None,))
+
+    def order(_):
+        rows = tf.range(examples, dtype=tf.int64)
+        number = -(-examples // batch_size)
+        batches = tf.TensorArray(tf.int64, number, infer_shape=False)
+        # One operation draws for all batches, one after the other.
+        _, batches = tf.while_loop(
+            lambda index, _: index < number,
+            lambda index, batches: (
+                index + 1,
+                batches.write(
+                    index, shuffled(rows[index * batch_size :][:batch_size])
+                ),
+            ),
+            (tf.constant(0), batches),
+            parallel_iterations=1,
+        )
+        return batches.concat()
+
+    return _traced(order, ()), _is_random(shuffled)
+
+
+def _traced(function, shape):
+    traced = tf.function(function, autograph=False)
+    return traced.get_concrete_function(tf.TensorSpec(shape, tf.int64))
 
 
 def _is_random(drawing):

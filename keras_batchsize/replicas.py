@@ -249,32 +249,6 @@ def dealt_out(dataset, strategy):
     return strategy.distribute_datasets_from_function(shares_of_worker)
 
 
-class Undistributed(tf.distribute.DistributedDataset):
-    """A dataset that every replica gets as it is.
-
-    Handing row numbers out takes longer than all replicas need to read them.
-    Keras leaves alone what says that it is distributed.
-
-    Args:
-        dataset: A `tf.data.Dataset`.
-    """
-
-    def __init__(self, dataset):
-        self._dataset = dataset
-
-    def __iter__(self):
-        return iter(self._dataset)
-
-    @property
-    def element_spec(self):
-        """Types of the elements."""
-        return self._dataset.element_spec
-
-    def reduce(self, initial_state, reduce_func):
-        """Reduces the dataset, see `tf.data.Dataset.reduce`."""
-        return self._dataset.reduce(initial_state, reduce_func)
-
-
 def copies_read(model, dataset):
     """Says what several workers train on, by the sharding policy of a dataset.
 

@@ -31,6 +31,7 @@ from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
+from keras_batchsize._superbatches_rows import RowNumbers
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
 
@@ -53,7 +54,7 @@ class Superbatches(keras_private.DataAdapter):
         arrays: Nested structure of tensors whose row numbers are handed
             over, or None if examples are.
         rows: Function that makes these `RowNumbers`, under the global seed
-            of that moment; None if the adapter knows them.
+            of that moment; None where there are no arrays.
         model: The model to whose replicas they are dealt out; None where they
             are already.
         copies: What `replicas.copies_read` returns.
@@ -94,20 +95,21 @@ class Superbatches(keras_private.DataAdapter):
         """
         if self._rows is not None:
             return self._rows()
-        dataset = self.get_whole_dataset()
+        dataset = self._whole()
         if self._strategy is None:
             return dataset
-        if self._arrays is not None:
-            return replicas.Undistributed(dataset)
         if self._copies:
             return self._strategy.experimental_distribute_dataset(dataset)
         return replicas.dealt_out(dataset, self._strategy)
 
-    def get_whole_dataset(self):
+    def first(self):
+        """Returns the first superbatch as one device reads it, or None."""
+        dataset = self._rows() if self._rows else self._whole().take(1)
+        return next(iter(dataset), None)
+
+    def _whole(self):
         """Returns the superbatches as one device would read them."""
         dataset = self._adapter.get_tf_dataset()
-        if self._arrays is not None:
-            dataset = dataset.with_options(_arrays.pipeline_options())
         if self._sizes is not None:
             if has_optionals(dataset):
                 dataset = dataset.map(without_nones)
@@ -235,7 +237,11 @@ def make_superbatches(
         # "batch" shuffles within batches, so these must be the base ones.
         own = base if shuffle == "batch" else sizes[0]
         adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
-        adapter, arrays, rows = _arrays.at_hand(model, adapter, sizes, shuffle)
+        arrays = _arrays.at_hand(model, adapter)
+        if arrays is not None:
+            rows = functools.partial(
+                RowNumbers, data.examples, sizes, shuffle, base
+            )
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
     result = Superbatches(

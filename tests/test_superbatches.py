@@ -807,7 +807,7 @@ def test_arrays_are_handed_over_as_row_numbers():
     assert batch["a"].dtype == "float32"
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False, "batch"])
 @pytest.mark.parametrize("sizes", [[32], [16, 8]])
 def test_row_numbers_come_in_the_order_of_keras(shuffle, sizes):
     def epochs(dataset):
@@ -817,7 +817,7 @@ def test_row_numbers_come_in_the_order_of_keras(shuffle, sizes):
         ]
 
     keras.utils.set_random_seed(5)
-    ours = RowNumbers(70, sizes, shuffle)
+    ours = RowNumbers(70, sizes, shuffle, 32)
     theirs = keras_private.data_adapter_for(
         np.arange(70), batch_size=32, shuffle=shuffle
     )
@@ -835,10 +835,13 @@ def test_row_numbers_of_an_epoch_have_an_order_of_their_own():
     script = """
 import numpy as np
 from keras_batchsize._superbatches_rows import RowNumbers
-rows = RowNumbers(1000, [1000], True)
-first, second = ([np.asarray(one) for one in rows] for _ in range(2))
-assert (np.sort(first[0]) == np.arange(1000)).all()
-assert (first[0] != second[0]).any()
+for shuffle, size in ((True, 1000), ("batch", 100)):
+    rows = RowNumbers(1000, [1000], shuffle, size)
+    first, second = (next(iter(rows)).numpy() for _ in range(2))
+    for one in (first, second):
+        batches = np.sort(one.reshape(-1, size))
+        assert (batches == np.arange(1000).reshape(-1, size)).all()
+    assert (first != second).any()
 """
     # A process of its own: here tests have set the global seed.
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
