@@ -5,10 +5,13 @@ shuffled row numbers, and each batch is gathered where it is used: no
 superbatch is copied, and an epoch does not wait for its first one.
 """
 
+import functools
+
 import keras
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize._superbatches_rows import RowNumbers
 
 
 def is_arrays(x):
@@ -52,26 +55,28 @@ def count(x, y, sample_weight):
     return next(iter(lengths))
 
 
-def at_hand(model, adapter):
-    """Returns the arrays from which the rows of a batch can be gathered.
+def at_hand(model, adapter, *order):
+    """Returns the arrays to gather rows from, and which rows.
 
     Args:
         model: The Keras model to train.
         adapter: Keras's adapter of the arrays.
+        *order: Arguments of `RowNumbers`.
 
     Returns:
-        Nested structure of dense tensors. None where there are accelerators,
-        XLA (to which the arrays would be parameters of every step), or arrays
-        that are not dense.
+        Tuple of a nested structure of dense tensors and a function that makes
+        `RowNumbers`. None and None where there are accelerators, XLA (to which
+        the arrays would be parameters of every step), or arrays that are not
+        dense.
     """
     devices = tf.config.list_logical_devices()
     if model.jit_compile or any(one.device_type != "CPU" for one in devices):
-        return None
+        return None, None
     arrays = keras_private.tensors_of(adapter)
     leaves = [one for one in keras.tree.flatten(arrays) if one is not None]
     if not all(isinstance(one, tf.Tensor) for one in leaves):
-        return None
-    return arrays
+        return None, None
+    return arrays, functools.partial(RowNumbers, *order)
 
 
 def specs_of(arrays):

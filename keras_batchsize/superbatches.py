@@ -31,7 +31,6 @@ from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
-from keras_batchsize._superbatches_rows import RowNumbers
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
 
@@ -221,8 +220,7 @@ def make_superbatches(
     data = _batched(x, y, sample_weight, model, batch_size)
     adapter_for = functools.partial(data_adapter_for, class_weight=class_weight)
     adapter, arrays, rows = None, None, None
-    is_arrays = data.batch_size is None
-    if not is_arrays:
+    if not (is_arrays := data.batch_size is None):
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
     bounds = _bounds(data, adapter)
@@ -237,11 +235,8 @@ def make_superbatches(
         # "batch" shuffles within batches, so these must be the base ones.
         own = base if shuffle == "batch" else sizes[0]
         adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
-        arrays = _arrays.at_hand(model, adapter)
-        if arrays is not None:
-            rows = functools.partial(
-                RowNumbers, data.examples, sizes, shuffle, base
-            )
+        order = data.examples, sizes, shuffle, base
+        arrays, rows = _arrays.at_hand(model, adapter, *order)
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
     result = Superbatches(
