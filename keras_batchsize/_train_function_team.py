@@ -42,6 +42,10 @@ class OneDevice:
     def __init__(self, examples):
         self._examples = examples
 
+    def next_of(self, iterator):
+        """Returns the next superbatch of an iterator."""
+        return slicing.without_optionals(next(iterator))
+
     def make_graphs(self, model, base_batch_size, splits):
         """Returns the `UpdateGraphs` of a model."""
         return UpdateGraphs(model, base_batch_size, splits, self._examples)
@@ -73,7 +77,7 @@ class Team:
 
     Args:
         strategy: A `tf.distribute.Strategy`.
-        examples: Function (share, start, size) that returns a batch.
+        examples: Function (superbatch, start, size) that returns a batch.
 
     Attributes:
         is_alone: Whether there is no other worker.
@@ -84,10 +88,21 @@ class Team:
     def __init__(self, strategy, examples):
         self._strategy = strategy
         self._examples = examples
-        # Row numbers of arrays go to all replicas, examples are dealt out.
-        self._is_dealt_out = not slicing.takes_rows(examples)
+        self._parts = replicas.Shares(strategy, examples)
         self._workers = Workers(strategy)
         self.is_alone = self._workers.number == 1
+
+    def next_of(self, iterator):
+        """Returns the next superbatch of an iterator.
+
+        Args:
+            iterator: Iterator over superbatches. The first one tells how
+                replicas find their examples.
+        """
+        self._parts = replicas.parts_of(
+            self._strategy, iterator, self._examples
+        )
+        return slicing.without_optionals(next(iterator))
 
     def make_graphs(self, model, base_batch_size, measures):
         """Returns the `ReplicaGraphs` of a model."""
@@ -99,7 +114,7 @@ class Team:
                 "jit_compile=False.",
                 stacklevel=2,
             )
-        return ReplicaGraphs(model, base_batch_size, measures, self._examples)
+        return ReplicaGraphs(model, base_batch_size, measures, self._parts)
 
     def tell_cost_of(self, batch_size):
         """Says what a base batch size costs that is not shared evenly.
@@ -125,27 +140,16 @@ class Team:
         """Returns the examples of a superbatch, and where they end.
 
         Args:
-            data: The superbatch, as a distributed iterator returns it.
+            data: The superbatch, as the iterator returns it.
 
         Returns:
             Tuple of two integers, over all replicas.
         """
-        if not self._is_dealt_out:
-            total = slicing.number_of_examples(data)
-            return total, total
-        counts = self._workers.gathered(
-            replicas.local_counts(self._strategy, data)
-        )
-        return sum(counts), replicas.end_of(counts)
+        return self._parts.extent(data, self._workers.gathered)
 
     def sample(self, data):
         """Returns a batch of one replica, to build and try the model with."""
-        share = data
-        if self._is_dealt_out:
-            shares = replicas.local_shares(self._strategy, data)
-            share = max(shares, key=slicing.number_of_examples)
-        total = slicing.number_of_examples(share)
-        return self._examples(share, 0, min(total, exactness.TRIAL_EXAMPLES))
+        return self._parts.sample(data, exactness.TRIAL_EXAMPLES)
 
     def communication(self, model):
         """Returns the seconds that an all-reduce of all gradients takes."""

@@ -15,7 +15,6 @@ import tensorflow as tf
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
-from keras_batchsize import slicing
 from keras_batchsize._gradients_replicated import ReplicatedGradients
 
 # Parts that each replica cuts its share into to measure a superbatch.
@@ -43,21 +42,18 @@ class ReplicaGraphs:
         model: A compiled Keras model.
         base_batch_size: B₀, in which the schedule's clock counts.
         measures: Whether norms of gradients are wanted.
-        examples: Function (share, start, size) that returns a batch as
-            `train_step` receives it.
+        parts: `Shares` or `Whole`: how replicas find their examples.
     """
 
     splits = True
     compiles = False
 
-    def __init__(
-        self, model, base_batch_size, measures, examples=slicing.examples
-    ):
+    def __init__(self, model, base_batch_size, measures, parts):
         # Whether shares differ by more than an example, as only a dataset
         # that a user distributes can make them.
         self.uneven = False
-        self._examples = examples
-        self._is_dealt_out = not slicing.takes_rows(examples)
+        self._parts = parts
+        self._traced = set()
         self._model = model
         self._base = base_batch_size
         self._strategy = model.distribute_strategy
@@ -110,7 +106,7 @@ class ReplicaGraphs:
 
         Args:
             total: What an earlier call left `Unfinished`, or `zeros()`.
-            data: The superbatch, as a distributed iterator returns it.
+            data: The superbatch, as the iterator returns it.
             stop: Integer, position behind its last example.
             sizes: Pair of integers (examples per update, examples per
                 micro-batch of a replica).
@@ -125,11 +121,12 @@ class ReplicaGraphs:
         is_begun = total.sums is not None
         ends = finish or stop % batch_size == 0
         if ends and micro >= batch_size and not is_begun:
-            logs, used, rows = self._whole_loop(
+            logs, used, rows = self._general(
+                self._whole_loop,
+                self._guards(stop, batch_size),
                 data,
                 *map(self._size, (stop, batch_size)),
                 rate,
-                self._guards(stop, batch_size),
             )
             return logs, used, total, rows
         return self._micro_batches(
@@ -144,9 +141,21 @@ class ReplicaGraphs:
     def _size(self, size):
         return size if self._eager else tf.constant(size)
 
+    def _general(self, loop, guarded, data, *arguments):
+        """Calls a loop, traced for superbatches of any number of examples.
+
+        Traced for the first one's number, it would be traced again for the
+        last one of an epoch.
+        """
+        if not self._eager and (loop, guarded) not in self._traced:
+            specs = self._parts.specs(data)
+            loop.get_concrete_function(guarded, specs, *arguments)
+            self._traced.add((loop, guarded))
+        return loop(guarded, data, *arguments)
+
     # Updates of one micro-batch.
 
-    def _loop_over_updates(self, data, stop, batch_size, rate, guarded):
+    def _loop_over_updates(self, guarded, data, stop, batch_size, rate):
         updates = (stop + batch_size - 1) // batch_size
         rows = self._rows(updates)
 
@@ -193,11 +202,12 @@ class ReplicaGraphs:
         while position < stop:
             end = min(position + batch_size - total.examples, stop)
             sums = self._zeros() if total.sums is None else total.sums
-            sums, rounds = self._sum(
-                sums,
+            sums, rounds = self._general(
+                self._sum,
+                self._guards(end - position, micro),
                 data,
                 *map(self._size, (position, end, micro)),
-                self._guards(end - position, micro),
+                sums,
             )
             total = Unfinished(
                 sums,
@@ -213,7 +223,7 @@ class ReplicaGraphs:
         return logs, used, total, tf.stack(rows) if rows else ()
 
     def _loop_over_micro_batches(
-        self, sums, data, position, stop, micro, guarded
+        self, guarded, data, position, stop, micro, sums
     ):
         def body(position, rounds, sums):
             end = tf.minimum(position + micro, stop)
@@ -272,13 +282,14 @@ class ReplicaGraphs:
         """
         part = max(examples // (_PARTS * self._replicas), 1) * self._replicas
         sizes = part, max(examples // part, 1)
-        return self._measure(data, *map(self._size, sizes))
+        sizes = map(self._size, sizes)
+        return self._general(self._measure, False, data, *sizes)
 
-    def _measure_everywhere(self, data, part, parts):
+    def _measure_everywhere(self, guarded, data, part, parts):
         def add(sums, share, start):
             bounds = start, start + part
             return self._with_part(lambda: sums, self._gradients.add, share,
-                                   bounds, False)
+                                   bounds, guarded)
 
         def body(index, sums):
             return index + 1, self._strategy.run(
@@ -302,15 +313,10 @@ class ReplicaGraphs:
         A share without examples has no mean loss: where there may be one, the
         replica sits the micro-batch out.
         """
-        if self._is_dealt_out:
-            first, number = replicas.own_part(share, *bounds, self._replicas)
-        else:
-            share = replicas.own_rows(share, *bounds, self._replicas)
-            first, number = 0, tf.size(share)
+        batch, number = self._parts.of_replica(share, *bounds)
 
         def with_examples():
-            part = self._examples(share, first, number)
-            return function(otherwise(), part)
+            return function(otherwise(), batch())
 
         if not guarded:
             return with_examples()

@@ -9,10 +9,11 @@ that one device never sees in one update.
 
 import time
 
-import keras
 import tensorflow as tf
 
 from keras_batchsize import slicing
+from keras_batchsize._replicas_parts import Shares
+from keras_batchsize._replicas_parts import Whole
 
 # All-reduces that are timed at the start.
 _TIMED = 5
@@ -64,45 +65,6 @@ def local_values(strategy, value):
     return list(strategy.experimental_local_results(value))
 
 
-def local_shares(strategy, data):
-    """Takes apart what a distributed iterator hands over.
-
-    Args:
-        strategy: A `tf.distribute.Strategy`.
-        data: Nested structure of distributed values.
-
-    Returns:
-        List of nested structures of tensors, one per replica of this worker.
-    """
-    replicas = len(strategy.extended.worker_devices)
-    return [
-        keras.tree.map_structure(
-            lambda leaf: (
-                None if leaf is None else local_values(strategy, leaf)[index]
-            ),
-            data,
-        )
-        for index in range(replicas)
-    ]
-
-
-def local_counts(strategy, data):
-    """Returns how many examples each replica of this worker holds.
-
-    Args:
-        strategy: A `tf.distribute.Strategy`.
-        data: Nested structure of distributed values.
-
-    Returns:
-        List of integers.
-    """
-    first = next(one for one in keras.tree.flatten(data) if one is not None)
-    return [
-        slicing.number_of_examples(leaf)
-        for leaf in local_values(strategy, first)
-    ]
-
-
 def batch_size_of(strategy, dataset):
     """Returns the examples in an element of a distributed dataset.
 
@@ -113,57 +75,28 @@ def batch_size_of(strategy, dataset):
     Returns:
         Integer, over all replicas; each worker is taken to have as many.
     """
-    counts = local_counts(strategy, next(iter(dataset)))
+    counts = Shares(strategy).counts(next(iter(dataset)))
     return sum(counts) * strategy.num_replicas_in_sync // len(counts)
 
 
-def end_of(counts):
-    """Returns the position behind the last example of any share.
+def parts_of(strategy, iterator, examples):
+    """Returns how replicas find their examples in what an iterator returns.
 
     Args:
-        counts: Examples in the share of each replica.
+        strategy: A `tf.distribute.Strategy`.
+        iterator: Iterator over superbatches.
+        examples: Function (superbatch, start, size) that returns a batch.
 
     Returns:
-        Integer: the number of examples, if they are dealt out evenly.
+        A `Shares` or a `Whole`.
     """
-    replicas = len(counts)
-    ends = [
-        (held - 1) * replicas + index + 1
-        for index, held in enumerate(counts)
-        if held
-    ]
-    return max(ends, default=0)
+    is_dealt_out = isinstance(iterator, tf.distribute.DistributedIterator)
+    return (Shares if is_dealt_out else Whole)(strategy, examples)
 
 
 def leaves_one_out(examples, piece, replicas):
     """Whether pieces that examples are cut into may have fewer than R."""
     return piece < replicas or 0 < examples % piece < replicas
-
-
-def own_part(data, start, stop, replicas):
-    """Returns what this replica holds of the examples [start, stop).
-
-    To be called in a replica context.
-
-    Args:
-        data: This replica's share of the superbatch.
-        start: Scalar int32 tensor, position in the whole superbatch.
-        stop: Likewise.
-        replicas: Number of replicas.
-
-    Returns:
-        Tuple of first example in the share and number of examples; the latter
-        may be zero.
-    """
-    index = tf.cast(
-        tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32
-    )
-    held = slicing.count_examples(data)
-    first, last = (
-        tf.minimum((position - index + replicas - 1) // replicas, held)
-        for position in (start, stop)
-    )
-    return first, last - first
 
 
 def all_reduce_seconds(strategy, size):
@@ -197,25 +130,45 @@ def all_reduce_seconds(strategy, size):
     return min(seconds[1:])  # The first one was traced.
 
 
-def own_rows(rows, start, stop, replicas):
-    """Returns which of the rows [start, stop) belong to this replica.
+def share_memory(strategy):
+    """Whether replicas can take their examples from the host's memory.
 
-    To be called in a replica context.
+    An accelerator could, too, but each update would wait for its examples to
+    be copied, which a distributed iterator does ahead of time.
 
     Args:
-        rows: Integer tensor of shape (examples,) of the whole superbatch.
-        start: Scalar int32 tensor, position in it.
-        stop: Likewise.
-        replicas: Number of replicas.
+        strategy: A `tf.distribute.Strategy`.
 
     Returns:
-        Integer tensor of shape (own examples,).
+        Bool; False for several workers, which must find out together whether
+        there are data left.
     """
-    index = tf.cast(
-        tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32
+    devices = strategy.extended.worker_devices
+    is_alone = len(devices) == strategy.num_replicas_in_sync
+    return is_alone and all(
+        tf.DeviceSpec.from_string(one).device_type == "CPU" for one in devices
     )
-    first = tf.minimum(start + (index - start) % replicas, stop)
-    return rows[first:stop:replicas]
+
+
+class Undealt(tf.distribute.DistributedDataset):
+    """A dataset of superbatches that every replica sees the whole of.
+
+    Keras leaves alone what says that it is distributed.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+    """
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __iter__(self):
+        return iter(self._dataset)
+
+    @property
+    def element_spec(self):
+        """Types of the elements."""
+        return self._dataset.element_spec
 
 
 def dealt_out(dataset, strategy):
@@ -241,7 +194,9 @@ def dealt_out(dataset, strategy):
         def shares(*data):
             whole = data if is_tuple else data[0]
             return tf.data.Dataset.range(first, first + local).map(
-                lambda index: every_nth(whole, index, replicas)
+                lambda index: slicing.every_nth(
+                    whole, index, slicing.count_examples(whole), replicas
+                )
             )
 
         return dataset.flat_map(shares).prefetch(tf.data.AUTOTUNE)
@@ -288,36 +243,3 @@ def _is_read_by_file(dataset, strategy):
     except tf.errors.OpError:
         return False  # No files, or fewer than workers.
     return True
-
-
-def every_nth(data, first, step):
-    """Returns the examples first, first + step, first + 2·step, ...
-
-    Args:
-        data: Nested structure of dense, ragged or sparse tensors.
-        first: Scalar integer tensor.
-        step: Integer.
-
-    Returns:
-        The same structure.
-    """
-    first = tf.cast(first, tf.int32)
-
-    def take(leaf):
-        if isinstance(leaf, tf.SparseTensor):
-            return _every_nth_sparse(leaf, tf.cast(first, tf.int64), step)
-        end = slicing.count_examples(leaf)
-        return tf.gather(leaf, tf.range(tf.minimum(first, end), end, step))
-
-    return keras.tree.map_structure(take, data)
-
-
-def _every_nth_sparse(leaf, first, step):
-    kept = tf.sparse.retain(leaf, leaf.indices[:, 0] % step == first)
-    rows = (kept.indices[:, :1] - first) // step
-    shape = leaf.dense_shape
-    return tf.SparseTensor(
-        tf.concat([rows, kept.indices[:, 1:]], axis=1),
-        kept.values,
-        tf.concat([(shape[:1] - first + step - 1) // step, shape[1:]], axis=0),
-    )

@@ -1,7 +1,5 @@
 """Cutting nested batches of examples along their first axis."""
 
-import functools
-
 import keras
 import tensorflow as tf
 
@@ -91,14 +89,43 @@ def gathered(arrays, rows, start, size):
     )
 
 
-def takes_rows(examples):
-    """Whether a function of examples is given row numbers, to gather them.
+def every_nth(data, first, stop, step):
+    """Returns the examples first, first + step, ..., below stop.
 
     Args:
-        examples: Function (superbatch, start, size) that returns a batch.
+        data: Nested structure of dense, ragged or sparse tensors.
+        first: Scalar integer tensor.
+        stop: Likewise, at most the number of examples.
+        step: Integer.
+
+    Returns:
+        The same structure.
     """
-    return isinstance(examples, functools.partial) and (
-        examples.func is gathered
+    first, stop = (tf.cast(one, tf.int64) for one in (first, stop))
+    rows = tf.range(tf.minimum(first, stop), stop, step)
+
+    def take(leaf):
+        if leaf is None:
+            return None
+        if isinstance(leaf, tf.SparseTensor):
+            return _every_nth_sparse(leaf, first, stop, step)
+        return tf.gather(leaf, rows)
+
+    return keras.tree.map_structure(take, data)
+
+
+def _every_nth_sparse(leaf, first, stop, step):
+    places = leaf.indices[:, 0] - first
+    kept = tf.sparse.retain(
+        leaf,
+        (places >= 0) & (places < stop - first) & (places % step == 0),
+    )
+    rows = (kept.indices[:, :1] - first) // step
+    number = tf.maximum(stop - first + step - 1, 0) // step
+    return tf.SparseTensor(
+        tf.concat([rows, kept.indices[:, 1:]], axis=1),
+        kept.values,
+        tf.concat([number[None], leaf.dense_shape[1:]], axis=0),
     )
 
 

@@ -89,14 +89,16 @@ class Superbatches(keras_private.DataAdapter):
     def get_tf_dataset(self):
         """Returns the superbatches as a `tf.data.Dataset`.
 
-        Under a strategy examples are dealt out to the replicas already, and
-        row numbers go to all of them.
+        Under a strategy examples are dealt out to the replicas already, unless
+        each can take its own by itself; row numbers go to all of them.
         """
         if self._rows is not None:
             return self._rows()
         dataset = self._whole()
         if self._strategy is None:
             return dataset
+        if replicas.share_memory(self._strategy):
+            return replicas.Undealt(dataset)
         if self._copies:
             return self._strategy.experimental_distribute_dataset(dataset)
         return replicas.dealt_out(dataset, self._strategy)

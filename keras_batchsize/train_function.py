@@ -174,7 +174,7 @@ class AdaptiveTrainFunction:
         for _ in range(steps):
             started = time.perf_counter()
             try:
-                data = slicing.without_optionals(next(iterator))
+                data = self._team.next_of(iterator)
             except (StopIteration, tf.errors.OutOfRangeError):
                 self.finish_pending()
                 if logs is None:

@@ -421,9 +421,10 @@ def norms_are_those_of_the_shares(strategy):
     dataset = replicas.dealt_out(
         tf.data.Dataset.from_tensor_slices((x, y)).batch(22), strategy
     )
-    graphs = ReplicaGraphs(model, 12, True)
+    parts = replicas.Shares(strategy)
+    graphs = ReplicaGraphs(model, 12, True, parts)
     data = next(iter(dataset))
-    graphs.build(replicas.local_shares(strategy, data)[0])
+    graphs.build(parts.local(data)[0])
     for micro in (12, 2):  # In one micro-batch, and in several.
         rows = graphs.accumulate(
             graphs.zeros(),
