@@ -21,28 +21,57 @@ from keras_batchsize.workers import explained
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-@contextlib.contextmanager
-def prepared(model, specs=None):
+class Preparation:
     """Lets a model be fitted or evaluated under its strategy.
 
-    Args:
-        model: A compiled Keras model.
-        specs: Types of a batch, where the data do not show them.
-
-    Yields:
-        None.
+    Keras keeps the test function that it has traced until `compile` is called
+    again; so does this the one that takes its place.
     """
-    if replicas.strategy_of(model) is None:
-        yield
-        return
-    if specs is not None:
-        keras_private.build_symbolically(model, specs)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(keras_private.built_from_specs(model))
-        if replicas.workers(model) > 1:
-            stack.enter_context(explained(model.distribute_strategy))
-            stack.enter_context(_evaluating_together(model))
-        yield
+
+    def __init__(self):
+        self._compiled = None
+        self._test_function = None
+
+    @contextlib.contextmanager
+    def __call__(self, model, specs=None):
+        """Prepares a model for a call.
+
+        Args:
+            model: A compiled Keras model.
+            specs: Types of a batch, where the data do not show them.
+
+        Yields:
+            None.
+        """
+        if replicas.strategy_of(model) is None:
+            yield
+            return
+        if specs is not None:
+            keras_private.build_symbolically(model, specs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(keras_private.built_from_specs(model))
+            if replicas.workers(model) > 1:
+                stack.enter_context(explained(model.distribute_strategy))
+                stack.enter_context(self._evaluating_together(model))
+            yield
+
+    @contextlib.contextmanager
+    def _evaluating_together(self, model):
+        """Exchanges the test function for one that several workers can run.
+
+        Keras's own takes the mean of each worker's logs over an axis that
+        numbers do not have. Metrics are summed over all replicas where they
+        are read, so that there is nothing to take the mean of.
+        """
+        held, compiled = model.test_function, keras_private.compiled(model)
+        if compiled is not self._compiled:
+            self._compiled = compiled
+            self._test_function = _test_function(model)
+        model.test_function = self._test_function
+        try:
+            yield
+        finally:
+            model.test_function = held
 
 
 def check_alike(model, facts_of_data, **facts):
@@ -96,22 +125,6 @@ def _named(what):
     if isinstance(what, (str, int, float, list, tuple, dict)):
         return str(what)
     return getattr(what, "__name__", type(what).__name__)
-
-
-@contextlib.contextmanager
-def _evaluating_together(model):
-    """Exchanges the test function for one that several workers can run.
-
-    Keras's own takes the mean of each worker's logs over an axis that numbers
-    do not have. Metrics are summed over all replicas where they are read, so
-    that there is nothing to take the mean of.
-    """
-    held = model.test_function
-    model.test_function = _test_function(model)
-    try:
-        yield
-    finally:
-        model.test_function = held
 
 
 def _test_function(model):

@@ -238,6 +238,11 @@ def output_loss_metrics(model):
     return [] if losses is None else losses.metrics
 
 
+def compiled(model):
+    """Returns an object that `Model.compile` makes anew at each call."""
+    return model._compile_config
+
+
 def mask_of(y_pred):
     """Returns the Keras mask that a tensor carries, or None."""
     return getattr(y_pred, "_keras_mask", None)

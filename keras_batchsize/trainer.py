@@ -116,6 +116,7 @@ class AdaptiveTrainer:
         self.verbose = verbose
         self._controller = None
         self._report = None
+        self._prepared = distributed.Preparation()
         self._state = None
         self._profile = None
 
@@ -238,7 +239,7 @@ class AdaptiveTrainer:
             batch_sizes=controller.ladder.sizes,
         )
         try:
-            with distributed.prepared(self.model, superbatches.specs):
+            with self._prepared(self.model, superbatches.specs):
                 return self.model.fit(
                     superbatches,
                     batch_size=superbatches.base_batch_size,
@@ -325,12 +326,12 @@ class AdaptiveTrainer:
 
     def evaluate(self, *args, **kwargs):
         """Calls `model.evaluate`."""
-        with distributed.prepared(self.model):
+        with self._prepared(self.model):
             return self.model.evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """Calls `model.predict`."""
-        with distributed.prepared(self.model):
+        with self._prepared(self.model):
             return self.model.predict(*args, **kwargs)
 
     @property

@@ -22,12 +22,14 @@ import comparing
 import keras
 import numpy as np
 import tensorflow as tf
+import test_superbatches as inputs
 from comparing import adaptive
 from comparing import compiled
 from comparing import dense
 from comparing import plain
 
 import keras_batchsize as kb
+from keras_batchsize import _train_function_team
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize import throughput
@@ -618,8 +620,20 @@ def batch_norm_is_that_of_keras(strategy):
             np.testing.assert_allclose(own, its, rtol=RTOL, atol=RTOL)
 
 
+class Batches(keras.utils.PyDataset):
+    """The examples in batches of 10."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        part = slice(10 * index, 10 * index + 10)
+        return tuple(one[part] for one in comparing.regression())
+
+
 @law()
 def every_kind_of_input(strategy):
+    """All but arrays come in batches of their own, and are cut anew."""
     x, y = comparing.regression()
 
     def batches():
@@ -627,9 +641,12 @@ def every_kind_of_input(strategy):
             for start in range(0, 70, 10):
                 yield x[start : start + 10], y[start : start + 10]
 
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
     for data, steps in (
-        (tf.data.Dataset.from_tensor_slices((x, y)).batch(10), None),
+        (dataset, None),
+        (dataset.filter(lambda x, y: True), None),  # Of unknown length.
         (batches(), 7),
+        (Batches(), None),
     ):
         theirs = plain(
             momentum(), x, y, batch_size=10, epochs=1, shuffle=False
@@ -642,8 +659,73 @@ def every_kind_of_input(strategy):
             superbatch_size=superbatch_of(strategy, 10),
             steps_per_epoch=steps,
             epochs=1,
+            shuffle=False,
         )
         comparing.assert_close(ours, theirs, RTOL)
+
+
+@law()
+def ragged_and_sparse_examples(strategy):
+    """The last update is of one example: most replicas sit it out."""
+    for make, x in (
+        (inputs.of_ragged, inputs.ragged()),
+        (inputs.of_sparse, inputs.sparse()),
+    ):
+        data = tf.data.Dataset.from_tensor_slices((x, inputs.Y))
+        data = data.take(4 * comparing.BASE + 1).batch(comparing.BASE)
+        assert_one_device(strategy, make, data, batch_size=None, epochs=1)
+
+
+@law(3)
+def what_accelerators_get_is_one_device(strategy):
+    """They are handed shares; the host's memory is that of CPUs only."""
+    assert replicas.share_memory(strategy)
+    held = replicas.share_memory
+    replicas.share_memory = lambda _: False
+    try:
+        every_kind_of_input(strategy)
+        ragged_and_sparse_examples(strategy)
+    finally:
+        replicas.share_memory = held
+
+
+def traces(make_model, sizes):
+    """Returns how many loops are traced while the size changes per epoch."""
+    made = []
+
+    class Remembered(ReplicaGraphs):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    held = _train_function_team.ReplicaGraphs
+    _train_function_team.ReplicaGraphs = Remembered
+    try:
+        adaptive(
+            make_model,
+            *comparing.regression(),
+            policy=BatchSizeSchedule(lambda epoch: sizes[epoch % len(sizes)]),
+            batch_size=12,
+            min_batch_size=12,
+            superbatch_size=48,
+            max_batch_size=192,
+            epochs=len(sizes),
+        )
+    finally:
+        _train_function_team.ReplicaGraphs = held
+    [graphs] = made
+    return graphs.traces
+
+
+@law()
+def traces_do_not_grow_with_size_changes(strategy):
+    """96 and 192 are accumulated; the last superbatch of an epoch is ragged."""
+    make_model = under(strategy, momentum())
+    few = traces(make_model, [12, 12, 12, 96, 96, 96])
+    many = traces(make_model, [12, 24, 96, 48, 192, 12, 96, 24])
+    # There are two loops, of updates and of micro-batches, each for any number
+    # of examples.
+    assert few == many == 2, (few, many)
 
 
 def mirrored(number):

@@ -57,6 +57,7 @@ ATTRIBUTES = {
     "_all_reduce_sum_gradients": "gradients_are_sums",
     "_batch_size": "batch_size_of",
     "_call_has_training_arg": "predict_for_training",
+    "_compile_config": "compiled",
     "_compile_loss": "output_loss_metrics",
     "_compute_loss": "compute_loss",
     "_distributed_dataset": "built_from_specs",
@@ -294,6 +295,16 @@ def test_training_step_is_made_of_the_names_that_replace_it():
     assert float(tracker.result()) == float(loss), message
     # Each of the four examples counts.
     assert float(tracker.count) == 4.0, message
+
+
+def test_compile_makes_a_new_object_each_time():
+    model = compiled(dense)()
+    first = model._compile_config
+    assert model._compile_config is first
+    model.compile(model.optimizer, model.loss)
+    assert model._compile_config is not first, changed(
+        "_compile_config", user("_compile_config")
+    )
 
 
 def test_compile_loss_has_a_metric_for_each_of_several_outputs():

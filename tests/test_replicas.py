@@ -6,11 +6,14 @@ tries all its laws once; each law is a test here.
 
 import json
 import pathlib
+import types
 
 import comparing
 import pytest
 import replica_laws
 import tensorflow as tf
+
+from keras_batchsize import replicas
 
 PROGRAM = pathlib.Path(replica_laws.__file__)
 # Seconds for all laws of a process; about 60 on a quiet machine.
@@ -63,3 +66,25 @@ def test_xla_under_a_strategy_is_said_to_have_no_effect():
         comparing.adaptive(
             under_a_strategy, *comparing.regression(), policy="fixed"
         )
+
+
+@pytest.mark.parametrize(
+    ("devices", "number", "expected"),
+    [
+        (("/job:localhost/device:CPU:0",), 1, True),
+        (("/device:CPU:0", "/device:CPU:1"), 2, True),
+        (("/device:GPU:0", "/device:GPU:1"), 2, False),
+        (("/device:CPU:0", "/device:GPU:0"), 2, False),
+        # Of several workers.
+        (("/job:worker/replica:0/task:0/device:CPU:0",), 2, False),
+    ],
+)
+def test_who_takes_examples_from_the_memory_of_the_host(
+    devices, number, expected
+):
+    strategy = types.SimpleNamespace(
+        num_replicas_in_sync=number,
+        extended=types.SimpleNamespace(worker_devices=devices),
+    )
+
+    assert replicas.share_memory(strategy) is expected

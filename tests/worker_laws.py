@@ -319,6 +319,34 @@ def datasets_from_a_function_are_taken_as_they_are(strategy):
     np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-5)
 
 
+@law
+def evaluating_again_traces_nothing(strategy):
+    """Until `compile` is called again, as with Keras's own function."""
+    traced = []
+
+    def loss(y, y_pred):
+        traced.append(y)
+        return keras.ops.mean((y - y_pred) ** 2, axis=-1)
+
+    def compile_it():
+        with strategy.scope():
+            trainer.model.compile("sgd", loss)
+
+    trainer = kb.AdaptiveTrainer(
+        comparing.seeded(under(strategy, momentum())), verbose=0
+    )
+    data = comparing.regression()
+    compile_it()
+    first = trainer.evaluate(*data, verbose=0)
+    count = len(traced)
+    assert trainer.evaluate(*data, verbose=0) == first
+    assert len(traced) == count > 0
+    assert trainer.model.test_function is None
+    compile_it()
+    assert trainer.evaluate(*data, verbose=0) == first
+    assert len(traced) > count
+
+
 class Interrupted(Exception):
     """Ends a training in the middle."""
 
