@@ -129,6 +129,7 @@ def _named(what):
 
 def _test_function(model):
     strategy = model.distribute_strategy
+    shares = replicas.Shares(strategy)
 
     def test_on(data):
         strategy.run(
@@ -137,6 +138,15 @@ def _test_function(model):
         )
         return model.get_metrics_result()
 
-    if not model.run_eagerly:
-        test_on = tf.function(test_on, reduce_retracing=True, autograph=False)
-    return lambda iterator: test_on(next(iterator))
+    if model.run_eagerly:
+        return lambda iterator: test_on(next(iterator))
+    traced = tf.function(test_on, reduce_retracing=True, autograph=False)
+
+    def test_on_next(iterator):
+        data = next(iterator)
+        if not traced.experimental_get_tracing_count():
+            # For any number of examples: the last batch has fewer.
+            traced.get_concrete_function(shares.specs(data))
+        return traced(data)
+
+    return test_on_next

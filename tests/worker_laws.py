@@ -321,7 +321,10 @@ def datasets_from_a_function_are_taken_as_they_are(strategy):
 
 @law
 def evaluating_again_traces_nothing(strategy):
-    """Until `compile` is called again, as with Keras's own function."""
+    """Until `compile` is called again, as with Keras's own function.
+
+    One trace serves batches of any length.
+    """
     traced = []
 
     def loss(y, y_pred):
@@ -335,11 +338,12 @@ def evaluating_again_traces_nothing(strategy):
     trainer = kb.AdaptiveTrainer(
         comparing.seeded(under(strategy, momentum())), verbose=0
     )
-    data = comparing.regression()
+    data = comparing.regression(4 * 32)
     compile_it()
     first = trainer.evaluate(*data, verbose=0)
     count = len(traced)
     assert trainer.evaluate(*data, verbose=0) == first
+    trainer.evaluate(*comparing.regression(2 * 32 + 7), verbose=0)
     assert len(traced) == count > 0
     assert trainer.model.test_function is None
     compile_it()
