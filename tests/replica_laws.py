@@ -157,6 +157,41 @@ def a_share_may_be_empty(strategy):
     assert_one_device(strategy, momentum(), *comparing.regression(65))
 
 
+@law()
+def a_replica_without_examples_keeps_its_statistics(strategy):
+    """The mean of no examples is no number; the last update is of one."""
+
+    def make_model():
+        model = keras.Sequential(
+            [
+                keras.Input((comparing.FEATURES,)),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile(optimizers.SGD(0.05), "mse")
+        return model
+
+    number = strategy.num_replicas_in_sync
+    x, y = comparing.regression(4 * number + 1)
+    for examples in (4 * number, 4 * number + 1):
+        ours = adaptive(
+            under(strategy, make_model), x[:examples], y[:examples],
+            policy="fixed", batch_size=2 * number,
+            superbatch_size=2 * number, epochs=1, shuffle=False,
+        )
+        statistics = [
+            np.stack(strategy.experimental_local_results(one.value))
+            for one in ours.model.layers[0].non_trainable_weights
+        ]
+        if examples == 4 * number:
+            before = statistics
+    for one, other in zip(before, statistics):
+        # The first replica has seen the last example, and no other any.
+        np.testing.assert_array_equal(one[1:], other[1:])
+        assert np.isfinite(other).all() and (one[0] != other[0]).all()
+
+
 @law(3)
 def a_batch_may_be_smaller_than_the_replicas(strategy):
     assert_one_device(
