@@ -80,6 +80,9 @@ class BatchSizePolicy:
     def on_epoch_end(self, status, logs):
         """Is told the `Status` and the metrics at the end of each epoch."""
 
+    def reset(self):
+        """Forgets an earlier training: another one begins."""
+
     def get_state(self):
         """Returns what evolves during training, as plain JSON types."""
         return {}

@@ -1,9 +1,13 @@
 """Policies that state a size without looking at gradient noise."""
 
+import math
 import warnings
 
 from keras_batchsize import _checks
 from keras_batchsize._policies_base import BatchSizePolicy
+
+# More than any machine can hold, so that infinity is told from a size.
+_MOST = 1e12
 
 
 class BatchSizeSchedule(BatchSizePolicy):
@@ -28,18 +32,39 @@ class BatchSizeSchedule(BatchSizePolicy):
                 "epochs to batch sizes: it states the size of each epoch. "
                 f"Received: schedule={schedule!r}. Use {{0: 32, 10: 128}}."
             )
+        if isinstance(schedule, dict):
+            for epoch, size in schedule.items():
+                _checks.real(
+                    "schedule",
+                    epoch,
+                    *(0, _MOST),
+                    "its keys are zero-based epochs",
+                    "Use {0: 32, 10: 128}.",
+                )
+                _size_at(epoch, size)
         self.schedule = schedule
 
     def wish(self, status):
         """Returns the size stated for the epoch."""
         if callable(self.schedule):
-            return self.schedule(status.epoch)
+            return _size_at(status.epoch, self.schedule(status.epoch))
         past = [epoch for epoch in self.schedule if epoch <= status.epoch]
         return self.schedule[max(past)] if past else status.batch_size
 
     def reason(self, status):
         """Names the epoch."""
         return f"scheduled for epoch {status.epoch + 1}"
+
+
+def _size_at(epoch, size):
+    """Returns what a schedule states for an epoch, or raises."""
+    return _checks.real(
+        f"schedule at epoch {epoch}",
+        size,
+        *(1, _MOST),
+        "it states how many examples an update of that epoch has",
+        "Use {0: 32, 10: 128}, or a function that returns such sizes.",
+    )
 
 
 class GrowOnPlateau(BatchSizePolicy):
@@ -82,6 +107,10 @@ class GrowOnPlateau(BatchSizePolicy):
             "mode", mode, ("auto", "min", "max"), "it says which way is better"
         )
         self._sign = 1.0 if direction_of(monitor, mode) == "min" else -1.0
+        self.reset()
+
+    def reset(self):
+        """Forgets the best value, waiting times and the size grown to."""
         self._state = {"best": None, "wait": 0, "cooling": 0, "wished": None}
 
     def on_epoch_end(self, status, logs):
@@ -100,7 +129,9 @@ class GrowOnPlateau(BatchSizePolicy):
         value, state = self._sign * logs[self.monitor], self._state
         if state["cooling"] > 0:
             state["cooling"] -= 1
-        if state["best"] is None or value + self.min_delta < state["best"]:
+        best = math.inf if state["best"] is None else state["best"]
+        # NaN is no improvement, and nothing would improve on it.
+        if value + self.min_delta < best:
             state["best"], state["wait"] = value, 0
         elif state["cooling"] <= 0:
             state["wait"] += 1

@@ -1,6 +1,7 @@
 """Whether a `tf.data.Dataset` holds batches: part of `superbatches.py`."""
 
 import keras
+import tensorflow as tf
 
 from keras_batchsize import keras_private
 
@@ -8,13 +9,14 @@ from keras_batchsize import keras_private
 def is_batched(dataset, model, batch_size):
     """Whether the elements of a dataset are batches, by their shapes.
 
-    The rank of the model's input decides. Where the model has none yet, a
+    The shape of the model's input decides. Where the model has none yet, a
     first axis of one known length is that of a batch, unless it contradicts
     the batch size asked for and nothing has made batches.
     """
+    element = dataset.element_spec
     leaves = [
         spec.shape
-        for spec in keras.tree.flatten(dataset.element_spec)
+        for spec in keras.tree.flatten(element)
         if getattr(spec, "shape", None) is not None
     ]
     if any(shape.rank == 0 for shape in leaves):
@@ -22,9 +24,30 @@ def is_batched(dataset, model, batch_size):
     sizes = {shape[0] for shape in leaves if shape.rank} - {None}
     if len(sizes) > 1:
         return False
-    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
-    if inputs and leaves[0].rank is not None:
-        return leaves[0].rank != len(inputs[0].shape) - 1
+    for leaf, example in _leaves_and_examples(element, model):
+        if leaf.rank != example.rank:
+            return True
+        if not leaf.is_compatible_with(example):
+            return True  # Keras adds the last axis, of length one.
+        if example[-1] == 1 and leaf[-1] is None:
+            return keras_private.makes_batches(dataset)
+        return False
     if not sizes or batch_size is None or batch_size in sizes:
         return True
     return keras_private.makes_batches(dataset)
+
+
+def _leaves_and_examples(element, model):
+    """Returns pairs of shapes: part of an element, example of its input."""
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    x = element[0] if isinstance(element, tuple) else element
+    if isinstance(x, dict):
+        pairs = [(x[one.name], one) for one in inputs if one.name in x]
+    else:
+        pairs = zip(keras.tree.flatten(x), inputs)
+    return [
+        (leaf.shape, tf.TensorShape(one.shape[1:]))
+        for leaf, one in pairs
+        if getattr(leaf, "shape", None) is not None
+        and leaf.shape.rank is not None
+    ]

@@ -77,13 +77,14 @@ def _drawing(examples, shuffle):
 
     Its first order is Keras's, bit for bit: the same operations after the same
     argument, for it is from their place in a function that TensorFlow gives
-    them seeds, below the global one.
+    them seeds, below the global one. The argument has a name, because it
+    names an operation, and TensorFlow warns of "_".
 
     Returns:
         Tuple of the function and whether it draws another order each time.
     """
 
-    def order(_):
+    def order(unused):
         rows = tf.range(examples, dtype=tf.int64)
         return tf.random.shuffle(rows) if shuffle else rows
 
@@ -95,7 +96,7 @@ def _drawing_by_batch(examples, batch_size):
     """Likewise, where the rows of each batch are shuffled among themselves."""
     shuffled = _traced(tf.random.shuffle, (None,))
 
-    def order(_):
+    def order(unused):
         rows = tf.range(examples, dtype=tf.int64)
         number = -(-examples // batch_size)
         batches = tf.TensorArray(tf.int64, number, infer_shape=False)

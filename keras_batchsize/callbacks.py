@@ -93,6 +93,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         self.verbose = verbose
         self.report = None
         self._train_function = None
+        self._has_ended = False
         self.make_ladder(math.inf)
 
     def make_ladder(self, superbatch_size):
@@ -176,14 +177,16 @@ class DynamicBatchSize(keras.callbacks.Callback):
                 "one size. Received: callbacks with two `DynamicBatchSize`, "
                 "or one beside an `AdaptiveTrainer`. Remove one of them."
             )
+        self._has_ended = False
         function.start_epoch(epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds batch size, noise scale and speed to the logs."""
         function = self._train_function
         controller = function.controller
-        if controller is None or "batch_size" in logs:
+        if controller is None or self._has_ended:
             return  # A `BackupAndRestore` has been here first.
+        self._has_ended = True
         function.finish_pending()
         seconds = function.epoch_seconds
         estimate = controller.noise_scale

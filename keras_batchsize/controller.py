@@ -57,6 +57,7 @@ class Controller:
         replicas=1,
     ):
         self.policy = policy
+        policy.reset()
         self.ladder = ladder
         self.superbatch_size = superbatch_size
         self.rule = rule

@@ -212,10 +212,11 @@ class GradientAccumulator:
         mean = self._mean(total)
         norms = self._norms(total, mean)
         self._track_losses(total)
-        with learning_rate.applied(model.optimizer, rate):
-            model.optimizer.apply_gradients(
-                list(zip(mean, model.trainable_weights))
-            )
+        if mean:  # A model may be frozen as a whole.
+            with learning_rate.applied(model.optimizer, rate):
+                model.optimizer.apply_gradients(
+                    list(zip(mean, model.trainable_weights))
+                )
         return norms
 
     def _track_losses(self, total):

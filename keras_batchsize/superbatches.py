@@ -215,7 +215,7 @@ def make_superbatches(
         ValueError: If there are fewer than 2 examples, or if the superbatch
             does not fit the base batch size.
     """
-    steps_per_epoch = steps_per_epoch or None  # As Keras takes a zero.
+    steps_per_epoch = _checked_steps(steps_per_epoch)
     batch_size = _checked_batch_size(batch_size)
     if isinstance(x, tf.distribute.DistributedDataset):
         return _dealt_out_already(model, x, batch_size, steps_per_epoch)
@@ -340,6 +340,17 @@ def _checked_batch_size(batch_size):
         batch_size,
         "it is the number of examples the learning rate was meant for",
         "Use batch_size=32.",
+    )
+
+
+def _checked_steps(steps_per_epoch):
+    if not steps_per_epoch:
+        return None  # As Keras takes a zero.
+    return _checks.positive_int(
+        "steps_per_epoch",
+        steps_per_epoch,
+        "it is the number of base batches in an epoch",
+        "Use steps_per_epoch=10, or None for a whole pass over the data.",
     )
 
 

@@ -332,7 +332,7 @@ class AdaptiveTrainFunction:
         return max(min(epoch, left), total)
 
     def _examples_per_epoch(self):
-        if self._steps is None:
+        if self._steps is None or math.isfinite(self._epoch_length):
             return self._epoch_length
         return self._steps * self.controller.superbatch_size
 

@@ -1,7 +1,5 @@
 """`AdaptiveTrainer`: a Keras `fit` whose batch size follows the noise."""
 
-import warnings
-
 import keras
 
 from keras_batchsize import distributed
@@ -12,6 +10,8 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._trainer_model import LastOptimizer
+from keras_batchsize._trainer_model import warn_of_steps_per_execution
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
 from keras_batchsize.callbacks import DynamicBatchSize
@@ -54,7 +54,8 @@ class AdaptiveTrainer:
     ```
 
     The model is left as it was, apart from being trained. A second `fit` with
-    the same batch size goes on from the size and statistics of the first.
+    the same batch size and optimizer goes on from the size and statistics of
+    the first; a model compiled anew starts anew.
 
     Args:
         model: A compiled Keras model.
@@ -119,6 +120,7 @@ class AdaptiveTrainer:
         self._prepared = distributed.Preparation()
         self._state = None
         self._profile = None
+        self._last_optimizer = LastOptimizer()
 
     def probe(self, x, y=None, sample_weight=None, **limits):
         """Finds out which batch sizes fit memory, and how fast they are.
@@ -214,7 +216,7 @@ class AdaptiveTrainer:
     def _superbatches(self, data, validation_data, validation_split, **how):
         """Returns the `Superbatches`, and the data to validate on."""
         requirements.check_model(self.model)
-        _warn_of_steps_per_execution(self.model)
+        warn_of_steps_per_execution(self.model)
         if validation_split and validation_data is None:
             data, validation_data = keras_private.train_validation_split(
                 data, validation_split=validation_split
@@ -255,6 +257,7 @@ class AdaptiveTrainer:
             if self.tensorboard is not None:
                 self.tensorboard.close()
             self._report = sizes.report or self._report
+            self._last_optimizer.note(self.model)
 
     def _callbacks(self, callbacks, sizes, superbatches, verbose):
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -280,7 +283,10 @@ class AdaptiveTrainer:
         measure = self.measure_every
         if measure == "auto" and not self._needs_noise():
             measure = None
-        state = self._state
+        state, last = self._state, self._controller
+        is_same = self._last_optimizer.is_of(self.model)
+        if last is not None and last.ladder.base == base and is_same:
+            state = last.get_state()
         controller = Controller(
             self.policy,
             ladder,
@@ -288,11 +294,12 @@ class AdaptiveTrainer:
             measure,
             replicas=replicas.count(self.model),
         )
-        last = self._controller
-        if last is not None and last.ladder.base == base:
-            state = last.get_state()
         if state is not None:
             controller.set_state(state)
+            # A schedule goes on from what a plain `fit` did in between.
+            controller.clock.steps += self._last_optimizer.steps_since(
+                self.model
+            )
         if self._profile is not None:
             controller.expect(self._profile)
         self._controller, self._state = controller, None
@@ -383,16 +390,3 @@ def _board(tensorboard):
     if isinstance(tensorboard, keras.callbacks.TensorBoard):
         return BatchSizeTensorBoard(tensorboard=tensorboard)
     return BatchSizeTensorBoard(tensorboard)
-
-
-def _warn_of_steps_per_execution(model):
-    steps = model.steps_per_execution
-    if steps == 1:
-        return
-    warnings.warn(
-        "`steps_per_execution` is superseded: a superbatch makes many updates "
-        "in one call anyway, and the batch size can change only between "
-        f"calls. Received: steps_per_execution={steps}. Compile with "
-        "steps_per_execution=1.",
-        stacklevel=4,
-    )

@@ -529,3 +529,17 @@ def test_a_backup_of_another_base_size_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="Received: .*Use .*batch_size=8"):
         fit([other, kb.BackupAndRestore(tmp_path)])
+
+
+def test_a_metric_of_the_user_hides_none_of_ours():
+    class Counted(keras.metrics.MeanSquaredError):
+        def __init__(self):
+            super().__init__(name="batch_size")
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=[Counted()])
+    x = np.zeros((64, 4), "float32")
+    trainer = kb.AdaptiveTrainer(model, "fixed", verbose=0)
+    history = trainer.fit(x, x[:, 0], batch_size=8, epochs=2, verbose=0)
+    assert {"noise_scale", "examples_per_second"} <= set(history.history)
+    assert history.history["batch_size"] == [8.0, 8.0]

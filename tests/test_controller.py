@@ -272,7 +272,10 @@ def test_a_stated_size_is_taken_at_once():
 
 
 def test_plateau_is_told_the_logs_and_grows():
-    controller = make_controller(policies.GrowOnPlateau("loss", patience=2))
+    policy = policies.GrowOnPlateau("loss", patience=2)
+    policy.set_state({**policy.get_state(), "best": 0.0, "wished": 128})
+    # Another training begins, which knows nothing of the last one.
+    controller = make_controller(policy)
     for epoch in range(3):
         assert controller.decide() is None
         controller.on_epoch_end(epoch, {"loss": 1.0})

@@ -241,6 +241,8 @@ ON_SIZES = [
     *numbers("max_batch_size"),
     *numbers("superbatch_size"),
     *numbers("measure_every"),
+    # Zero is none at all, as in Keras.
+    *list(numbers("steps_per_epoch"))[1:],
     Mistake(
         "min-above-max",
         lambda: fit(min_batch_size=64, max_batch_size=32),

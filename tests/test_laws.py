@@ -19,6 +19,7 @@ from comparing import dense
 from comparing import plain
 from keras import layers
 
+import keras_batchsize as kb
 from keras_batchsize.policies import BatchSizeSchedule
 
 # Law 1.
@@ -255,6 +256,39 @@ def test_schedule_goes_on_in_a_second_fit():
     ours = adaptive(twice(plain), *data, policy="fixed", epochs=1)
 
     comparing.assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("between", ["compiled anew", "plain fit"])
+def test_schedule_is_that_of_plain_fit_after(between):
+    data = comparing.regression()
+    compile_model = compiled(
+        dense, optimizer=lambda: optimizers.SGD(SCHEDULES["CosineDecay"]())
+    )
+
+    def losses(trains):
+        keras.utils.set_random_seed(0)
+        model = compile_model()
+        arguments = {"batch_size": BASE, "verbose": 0, "shuffle": False}
+        fit = model.fit
+        if trains:
+            fit = kb.AdaptiveTrainer(model, policy="fixed").fit
+        first = fit(*data, **arguments)
+        if between == "compiled anew":
+            again = optimizers.SGD(SCHEDULES["CosineDecay"]())
+            model.compile(again, model.loss)
+        else:
+            model.fit(*data, **arguments)
+        second = fit(*data, epochs=2, **arguments)
+        return first.history["loss"] + second.history["loss"]
+
+    assert losses(trains=True) == losses(trains=False)
+
+
+def test_a_quiet_fit_writes_nothing(capfd):
+    comparing.adaptive(compiled(dense), *comparing.regression())
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "WARNING:tensorflow" not in said.err
 
 
 # Law 8.

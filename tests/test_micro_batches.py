@@ -415,3 +415,22 @@ def test_a_single_feature():
     arguments = {"policy": "measure", "measure_every": 1}
     ours = comparing.adaptive(make, x[:, :1], y, **arguments)
     comparing.assert_same(ours, comparing.plain(make, x[:, :1], y))
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
+def test_a_model_without_trainable_weights():
+    def frozen():
+        model = dense()
+        model.trainable = False
+        return model
+
+    data, make = comparing.regression(), compiled(frozen)
+    theirs = plain(make, *data, batch_size=4 * BASE)
+    ours = adaptive(
+        make,
+        *data,
+        policy=BatchSizeSchedule({0: 4 * BASE}),
+        superbatch_size=BASE,
+        max_batch_size=4 * BASE,
+    )
+    comparing.assert_close(ours, theirs, RTOL)

@@ -5,6 +5,7 @@ their formulas; the formulas are checked afterwards, against other ones.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -429,6 +430,20 @@ def test_fixed_is_its_size_or_the_base():
     assert size_in(policies.Fixed(10**9), 0, start=512) == 4096
 
 
+@pytest.mark.parametrize("size", [None, "a", 0, -5, math.inf, math.nan])
+def test_schedule_refuses_what_is_no_size(size):
+    with pytest.raises((TypeError, ValueError), match="at epoch 3.*Received"):
+        policies.BatchSizeSchedule({0: 32, 3: size})
+    stated = policies.BatchSizeSchedule(lambda epoch: size)
+    with pytest.raises((TypeError, ValueError), match="at epoch 3.*Received"):
+        stated.wish(dataclasses.replace(status_at(32), epoch=3))
+
+
+def test_schedule_refuses_what_is_no_epoch():
+    with pytest.raises(TypeError, match="zero-based epochs. Received"):
+        policies.BatchSizeSchedule({"a": 32})
+
+
 # GrowOnPlateau.
 
 
@@ -570,6 +585,14 @@ def test_plateau_waits_where_the_metric_is_missing():
                 policy.on_epoch_end(status_at(32), {"loss": 1.0})
         # The first value is an improvement; the second and third are not.
         assert policy.wish(status_at(32)) == (64 if epoch == 4 else 32)
+
+
+def test_plateau_takes_no_nan_for_the_best_value():
+    policy = policies.GrowOnPlateau("loss", patience=2)
+    for value in (math.nan, 3.0, 2.0, 1.0):
+        policy.on_epoch_end(status_at(32), {"loss": value})
+    assert policy.wish(status_at(32)) == 32
+    assert policy.get_state()["best"] == 1.0
 
 
 def test_plateau_refuses_a_factor_that_no_size_follows():

@@ -88,6 +88,11 @@ def of_dict():
     return compiled(keras.Model(*two_inputs()))
 
 
+def of_one_number():
+    inputs = keras.Input((1,))
+    return compiled(keras.Model(inputs, layers.Dense(1)(inputs)))
+
+
 def of_nest():
     inputs, output = two_inputs()
     nest = {"pair": (inputs["one"], [inputs["two"]])}
@@ -336,6 +341,17 @@ INPUTS = [
         autoencoder,
         lambda: stream(tf.data.Dataset.from_tensor_slices(X), batch_size=BASE),
         lambda: stream(tf.data.Dataset.from_tensor_slices(X).batch(BASE)),
+    ),
+    Input(
+        "dataset-without-the-last-axis",
+        of_one_number,
+        lambda: stream(sliced(X[:, 0], Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-numbers-unbatched",
+        of_one_number,
+        lambda: stream(sliced(X[:, :1], Y), batch_size=BASE),
+        lambda: stream(sliced(X[:, :1], Y).batch(BASE)),
     ),
     Input(
         "dataset-of-inputs-only",

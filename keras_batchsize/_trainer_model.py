@@ -1,0 +1,61 @@
+"""How a trainer finds its model when `fit` begins."""
+
+import warnings
+
+import keras
+
+
+class LastOptimizer:
+    """Remembers the optimizer of a model from one `fit` to the next."""
+
+    def __init__(self):
+        self._optimizer = None
+        self._steps = 0
+
+    def note(self, model):
+        """Remembers the optimizer that a model has now.
+
+        Args:
+            model: A compiled Keras model.
+        """
+        self._optimizer = model.optimizer
+        self._steps = _steps_of(model)
+
+    def is_of(self, model):
+        """Whether the model has not been compiled anew."""
+        return self._optimizer is None or self._optimizer is model.optimizer
+
+    def steps_since(self, model):
+        """Updates that were made since, by a plain `fit`, say.
+
+        Args:
+            model: A compiled Keras model.
+
+        Returns:
+            Integer; 0 if another optimizer, or none, was noted.
+        """
+        if self._optimizer is not model.optimizer:
+            return 0
+        return _steps_of(model) - self._steps
+
+
+def _steps_of(model):
+    return keras.ops.convert_to_numpy(model.optimizer.iterations).item()
+
+
+def warn_of_steps_per_execution(model):
+    """Warns that superbatches do what `steps_per_execution` is for.
+
+    Args:
+        model: A compiled Keras model.
+    """
+    steps = model.steps_per_execution
+    if steps == 1:
+        return
+    warnings.warn(
+        "`steps_per_execution` is superseded: a superbatch makes many updates "
+        "in one call anyway, and the batch size can change only between "
+        f"calls. Received: steps_per_execution={steps}. Compile with "
+        "steps_per_execution=1.",
+        stacklevel=4,
+    )
