@@ -6,6 +6,7 @@ Keras's reductions is used where it suffices; the rest is found out by trying.
 """
 
 import contextlib
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -30,6 +31,12 @@ _WHOLE_BATCH_FUNCTIONS = (
 # makes of how examples differ shows most in the smallest parts.
 TRIAL_EXAMPLES = 16
 _TRIAL_PART = 2
+
+# A loss that is random in inference, too, is drawn so often, and is refused
+# if the means lie so many standard errors apart. Of means that are equal three
+# in 100,000 do, by Student's distribution of 14 degrees of freedom.
+_DRAWS = 8
+_ERRORS = 6.0
 
 
 def check_step(model):
@@ -167,7 +174,8 @@ def check_loss(model, kind, data):
 
     Covers what no list can: losses and `compute_loss` written by users,
     `add_loss`, masks made by a loss. The model runs in inference mode, and
-    whatever that changes is put back.
+    whatever that changes is put back. What is random there, too, is compared
+    in the mean of several draws: a difference within their spread passes.
 
     Args:
         model: A compiled and built Keras model.
@@ -182,25 +190,80 @@ def check_loss(model, kind, data):
     size = len(starts) * _TRIAL_PART
     if len(starts) < 2:
         return
+    parts = [slicing.examples(data, start, _TRIAL_PART) for start in starts]
+    first = slicing.examples(data, 0, size)
     with _put_back(model):
-        whole, again, *parts = (
-            _inference_loss(model, kind, slicing.examples(data, *part))
-            for part in (
-                (0, size),
-                (0, size),
-                *((start, _TRIAL_PART) for start in starts),
-            )
+        found = _compared(
+            lambda: _inference_losses(model, kind, first)[0],
+            lambda: _mean_of_parts(model, kind, parts),
+            _tolerance(model),
         )
-    if whole[0] != again[0] or not np.isfinite(whole[0]):
-        return  # Random even in inference: nothing can be concluded.
-    weight = sum(weight for _, weight in parts)
-    mean = sum(loss * weight for loss, weight in parts) / max(weight, 1e-30)
-    if abs(mean - whole[0]) > _tolerance(model) * abs(whole[0]) + 1e-6:
+    if found is not None:
         _refuse(
-            f"on the first {size} examples the loss is {whole[0]:.6g}, but "
-            f"put together from pairs it is {mean:.6g}",
+            f"on the first {size} examples the loss is {found.one:.6g}, but "
+            f"put together from pairs it is {found.other:.6g}{found.how}",
             f"loss={model.loss!r}",
         )
+
+
+def _mean_of_parts(model, kind, parts):
+    losses, weights = zip(
+        *(_inference_losses(model, kind, part) for part in parts)
+    )
+    return np.dot(weights, losses) / max(sum(weights), 1e-30)
+
+
+class _Difference(NamedTuple):
+    """Two losses that ought to be equal and are not.
+
+    Attributes:
+        one: The first, or the mean of several draws of it.
+        other: The second.
+        how: A few words that say so, "" if there was one draw.
+    """
+
+    one: float
+    other: float
+    how: str
+
+
+def _compared(draw_one, draw_other, tolerance):
+    """Compares two losses, and the terms of them, that may be random.
+
+    One draw of each is compared, and the first is drawn again: models are
+    rarely random in inference, and each draw takes time. Where they differ,
+    several draws of both tell: of a loss that is not random all agree, and
+    the difference stands; of one that is, the difference of the means is
+    measured by Welch's standard error. A term says more than the whole, in
+    whose spread it may drown.
+
+    Args:
+        draw_one: Function that returns the first loss and terms of it.
+        draw_other: Function that returns the second and its terms.
+        tolerance: Difference that rounding makes, relative to the loss.
+
+    Returns:
+        A `_Difference`, or None if they are equal as far as can be told.
+    """
+    ones, others = [draw_one(), draw_one()], [draw_other()]
+    if not np.all(np.isfinite([*ones, *others])):
+        return None  # Infinities prove nothing.
+    rounding = tolerance * abs(ones[0][0]) + 1e-6
+    is_random = not np.array_equal(*ones)
+    if not is_random and np.all(np.abs(ones[0] - others[0]) <= rounding):
+        return None
+    ones += [draw_one() for _ in range(_DRAWS - len(ones))]
+    others += [draw_other() for _ in range(_DRAWS - len(others))]
+    one, other = np.mean(ones, axis=0), np.mean(others, axis=0)
+    variance = np.var(ones, axis=0, ddof=1) + np.var(others, axis=0, ddof=1)
+    errors = _ERRORS * np.sqrt(variance / _DRAWS)
+    excess = np.abs(one - other) - np.maximum(rounding, errors)
+    # NaN, if a draw was not finite after all, is never positive.
+    if not np.any(excess > 0.0):
+        return None
+    is_random = np.ptp([ones, others], axis=1).any()
+    how = f", in the mean of {_DRAWS} draws: it is random" if is_random else ""
+    return _Difference(one[0], other[0], how)
 
 
 def check_division(model, data):
@@ -225,17 +288,22 @@ def check_division(model, data):
         lambda: strategy.run(_loss_of, (model, data)), autograph=False
     )
     with _put_back(model):
-        alone, again = (float(_loss_of(model, data)) for _ in range(2))
-        shared = float(strategy.experimental_local_results(on_replicas())[0])
-    if alone != again or not np.isfinite(alone):
-        return  # Random even in inference: nothing can be concluded.
-    if abs(shared * number - alone) > _tolerance(model) * abs(alone) + 1e-6:
+        found = _compared(
+            lambda: np.array([_loss_of(model, data)], float),
+            lambda: np.array(
+                [strategy.experimental_local_results(on_replicas())[0]], float
+            )
+            * number,
+            _tolerance(model),
+        )
+    if found is not None:
         raise ValueError(
             "A loss must be divided by the number of replicas: their gradients "
             "are summed. Keras's losses are; one that is computed in a "
             "`compute_loss`, or a `__call__`, of your own has to be. Received: "
-            f"on the same examples {alone:.6g} on one device, {shared:.6g} on "
-            f"each of {number} replicas. Divide it by "
+            f"on the same examples {found.one:.6g} on one device, "
+            f"{found.other / number:.6g} on each of {number} replicas"
+            f"{found.how}. Divide it by "
             "tf.distribute.get_strategy().num_replicas_in_sync."
         )
 
@@ -278,7 +346,8 @@ def _put_back(model):
         model.reset_metrics()
 
 
-def _inference_loss(model, kind, data):
+def _inference_losses(model, kind, data):
+    """Returns the loss and what layers have added to it, and the weight."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     y_pred = model(x, training=False)
     loss = keras_private.compute_loss(
@@ -286,7 +355,8 @@ def _inference_loss(model, kind, data):
     )
     examples = slicing.count_examples(data)
     weight = weight_of(kind, y_pred, sample_weight, examples)
-    return float(tf.reduce_sum(loss)), float(weight)
+    terms = [float(tf.reduce_sum(one)) for one in [loss, *model.losses]]
+    return np.array(terms), float(weight)
 
 
 def _tolerance(model):

@@ -200,6 +200,13 @@ def test_own_loss_that_compares_examples_is_refused():
     )
 
 
+def test_few_examples_show_that_a_loss_compares_them():
+    x, y = comparing.regression(12)
+    assert_refused(
+        compiled(dense, loss=spread), x, y, match="put together from pairs"
+    )
+
+
 def test_own_loss_of_each_example_is_exact():
     assert_exact(
         compiled(dense, loss=lambda y, p: keras.ops.abs(y - p) ** 1.5),
@@ -340,6 +347,80 @@ def test_model_that_is_random_in_inference_passes():
     # Trying the loss out takes no seeds away from training.
     ours = adaptive(compiled(make), *data, policy="measure", measure_every=1)
     comparing.assert_same(ours, plain(compiled(make), *data))
+
+
+class DropsAlways(layers.Layer):
+    """Drops units in inference, too, as for an estimate of uncertainty."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = layers.Dropout(0.5, seed=4)
+
+    def call(self, x):
+        return self.dropout(x, training=True)
+
+
+class NoisyAlways(layers.Layer):
+    """Adds Gaussian noise in inference, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = layers.GaussianNoise(0.3, seed=5)
+
+    def call(self, x):
+        return self.noise(x, training=True)
+
+
+class RarelyOff(layers.Layer):
+    """Is off at each fifth call, as a layer with a stochastic depth may be.
+
+    Two draws of the whole agree then, and those of the pairs do not.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, dtype="int32"
+        )
+
+    def call(self, x):
+        on = keras.ops.cast(self.calls % 5 != 3, "float32")
+        self.calls.assign_add(1)
+        return x * on
+
+
+RANDOM = [Sampling, DropsAlways, NoisyAlways]
+
+
+def random_with_penalty(layer, reduce):
+    return lambda: keras.Sequential(
+        [
+            keras.Input((comparing.FEATURES,)),
+            layer(),
+            layers.Dense(1),
+            Penalty(reduce),
+        ]
+    )
+
+
+@pytest.mark.parametrize("layer", RANDOM)
+def test_added_sum_is_refused_in_a_model_that_is_random_in_inference(layer):
+    assert_refused(
+        compiled(random_with_penalty(layer, keras.ops.sum)),
+        *comparing.regression(),
+        match="in the mean of 8 draws: it is random",
+    )
+
+
+@pytest.mark.parametrize("layer", [*RANDOM, RarelyOff])
+def test_added_mean_passes_in_a_model_that_is_random_in_inference(layer):
+    trained = adaptive(
+        compiled(random_with_penalty(layer, keras.ops.mean)),
+        *comparing.regression(),
+        policy="measure",
+        measure_every=1,
+    )
+    assert np.isfinite(trained.history["loss"]).all()
 
 
 def test_infinite_loss_proves_nothing():
