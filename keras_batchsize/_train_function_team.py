@@ -9,7 +9,9 @@ import math
 import warnings
 
 from keras_batchsize import exactness
+from keras_batchsize import policies
 from keras_batchsize import replicas
+from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize.records import Timing
 from keras_batchsize.replica_graphs import ReplicaGraphs
@@ -193,6 +195,14 @@ class Team:
         )
 
 
+def _sizes_under(controller):
+    """Returns the sizes that updates may have, the last of data apart."""
+    policy, ladder = controller.policy, controller.ladder
+    if isinstance(policy, policies.Fixed):
+        return [ladder.nearest(policy.batch_size or ladder.base)]
+    return ladder.sizes
+
+
 def checked_graphs(team, model, controller, data, cuts=False):
     """Returns the graphs of a model, after the first check of its loss.
 
@@ -211,6 +221,8 @@ def checked_graphs(team, model, controller, data, cuts=False):
     splits = measures or team.replicated
     if splits:
         exactness.check_step(model)
+        requirements.check_parts(model)
+    requirements.check_sizes(model, _sizes_under(controller))
     team.tell_cost_of(controller.ladder.base)
     graphs = team.make_graphs(model, controller.clock.batch_size, measures)
     sample = team.sample(data)

@@ -3,6 +3,9 @@
 import warnings
 
 import keras
+import tensorflow as tf
+
+from keras_batchsize import requirements
 
 
 class LastOptimizer:
@@ -59,3 +62,35 @@ def warn_of_steps_per_execution(model):
         "steps_per_execution=1.",
         stacklevel=4,
     )
+
+
+def check_last_batch(model, superbatches):
+    """Raises before training if the last batch of arrays does not fit.
+
+    What other inputs hold shows when they end.
+
+    Args:
+        model: A compiled Keras model.
+        superbatches: The `Superbatches`.
+
+    Raises:
+        ValueError: If the model takes one batch size only, and the last one
+            is shorter.
+    """
+    if superbatches.specs is None or not model.built:
+        return
+    rest = superbatches.examples_per_epoch % superbatches.base_batch_size
+    if rest == 0:
+        return
+
+    def some():
+        return keras.tree.map_structure(
+            lambda spec: (
+                None
+                if spec is None
+                else tf.zeros([rest, *spec.shape[1:]], spec.dtype)
+            ),
+            superbatches.specs,
+        )
+
+    requirements.check_short(model, some)

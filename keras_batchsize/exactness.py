@@ -192,7 +192,7 @@ def check_loss(model, kind, data):
         return
     parts = [slicing.examples(data, start, _TRIAL_PART) for start in starts]
     first = slicing.examples(data, 0, size)
-    with _put_back(model):
+    with put_back(model):
         found = _compared(
             lambda: _inference_losses(model, kind, first)[0],
             lambda: _mean_of_parts(model, kind, parts),
@@ -287,7 +287,7 @@ def check_division(model, data):
     on_replicas = tf.function(
         lambda: strategy.run(_loss_of, (model, data)), autograph=False
     )
-    with _put_back(model):
+    with put_back(model):
         found = _compared(
             lambda: np.array([_loss_of(model, data)], float),
             lambda: np.array(
@@ -331,8 +331,13 @@ def _loss_of(model, data):
 
 
 @contextlib.contextmanager
-def _put_back(model):
-    """Puts back what a model changes even in inference, if it does."""
+def put_back(model):
+    """Puts back what a model changes even in inference, if it does.
+
+    Args:
+        model: A built Keras model.
+    """
+    before = len(model.variables)
     others = [one for one in model.variables if not one.trainable]
     held = [keras.ops.convert_to_numpy(one) for one in others]
     try:
@@ -343,7 +348,8 @@ def _put_back(model):
             now = keras.ops.convert_to_numpy(variable)
             if not np.array_equal(now, value):
                 variable.assign(value)
-        model.reset_metrics()
+        if len(model.variables) > before:
+            model.reset_metrics()  # Some have been made by that.
 
 
 def _inference_losses(model, kind, data):

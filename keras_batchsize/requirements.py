@@ -2,8 +2,11 @@
 
 import keras
 
+from keras_batchsize import exactness
+from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
+from keras_batchsize import slicing
 
 
 def check_model(model):
@@ -39,6 +42,82 @@ def check_model(model):
         )
     _check_optimizer(model.optimizer)
     _check_strategy(model)
+
+
+def check_parts(model):
+    """Raises if a model cannot be given the parts of a batch.
+
+    Args:
+        model: A compiled Keras model.
+
+    Raises:
+        ValueError: If it was made for one batch size.
+    """
+    size = keras_private.fixed_batch_size(model)
+    if size is not None:
+        _refuse_size(
+            size, "cut into parts, to measure gradient noise or to accumulate"
+        )
+    for layer in keras_private.flatten_layers(model):
+        if getattr(layer, "stateful", False):
+            raise ValueError(
+                "A stateful model must not be given parts of batches: its "
+                "states are of the examples of a whole one. Received: layer "
+                f"{layer.name!r} with stateful=True. Use stateful=False, or "
+                'policy="fixed" with max_batch_size=None.'
+            )
+
+
+def check_sizes(model, sizes):
+    """Raises if a model that was made for one batch size is to get another.
+
+    Args:
+        model: A compiled Keras model.
+        sizes: Sizes that updates may have, in examples.
+
+    Raises:
+        ValueError: If one of them is not the one of the model.
+    """
+    size = keras_private.fixed_batch_size(model)
+    others = sorted({*sizes} - {size})
+    if size is not None and others:
+        _refuse_size(size, f"of {' or '.join(map(str, others))} examples")
+
+
+def check_short(model, make_batch):
+    """Raises if a model takes no other batch size than its own.
+
+    Keras lets shorter batches through, and many a model does not mind. So it
+    is tried.
+
+    Args:
+        model: A compiled Keras model.
+        make_batch: Function that returns a last batch, as `train_step`
+            receives it.
+
+    Raises:
+        ValueError: If the model was made for another size and fails.
+    """
+    size = keras_private.fixed_batch_size(model)
+    if size is None:
+        return
+    batch = make_batch()
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    try:
+        with exactness.put_back(model):
+            model(x, training=False)
+    except Exception as error:
+        rest = int(slicing.count_examples(batch))
+        _refuse_size(size, f"of the {rest} examples that are left", error)
+
+
+def _refuse_size(size, batches, cause=None):
+    raise ValueError(
+        "A model made for one batch size must get no other: here batches "
+        f"would be {batches}. Received: an input with batch_size={size}. Use "
+        'keras.Input(shape) without `batch_size`. Or policy="fixed", with '
+        f"batch_size={size}, and as many examples as make whole batches."
+    ) from cause
 
 
 def _check_strategy(model):

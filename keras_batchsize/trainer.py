@@ -11,6 +11,7 @@ from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize._trainer_model import LastOptimizer
+from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import warn_of_steps_per_execution
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
@@ -224,6 +225,7 @@ class AdaptiveTrainer:
         superbatches = make_superbatches(
             self.model, *data, superbatch_size=self.superbatch_size, **how
         )
+        check_last_batch(self.model, superbatches)
         return superbatches, validation_data
 
     def _fit(self, superbatches, callbacks, verbose, **arguments):

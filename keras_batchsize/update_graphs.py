@@ -21,6 +21,7 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import learning_rate
+from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize.gradients import GradientAccumulator
 from keras_batchsize.learning_rate import RateInForce
@@ -148,6 +149,10 @@ class UpdateGraphs:
             of the last update.
         """
         begin, end = _constant(start), _constant(stop)
+        if rest := (stop - start) % batch_size:
+            requirements.check_short(
+                self._model, lambda: self._examples(data, stop - rest, rest)
+            )
         if self.compiles and (stop - start) % batch_size == 0:
             return self._plain_xla(data, begin, end, batch_size, rate)
         size = self._size(batch_size)

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 
+import comparing
 import keras
 import numpy as np
 import pytest
@@ -531,6 +532,122 @@ def test_what_cannot_be_cut_is_refused(
 def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy="fixed")
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
+
+
+# Models that were made for one batch size.
+
+
+def of_one_size(size=BASE):
+    """Has taken that batch size down for good."""
+    inputs = keras.Input(batch_shape=(size, X.shape[1]))
+    hidden = keras.ops.reshape(inputs, (size, X.shape[1], 1))
+    hidden = keras.layers.Flatten()(hidden)
+    return keras.Model(inputs, keras.layers.Dense(1)(hidden))
+
+
+def stateful():
+    """Goes on from the states that the last batch left behind."""
+    inputs = keras.Input(batch_shape=(BASE, *X.shape[1:]))
+    hidden = keras.layers.Reshape((X.shape[1], 1))(inputs)
+    hidden = keras.layers.SimpleRNN(4, stateful=True)(hidden)
+    return keras.Model(inputs, keras.layers.Dense(1)(hidden))
+
+
+def indifferent():
+    """States a batch size, and takes any."""
+    inputs = keras.Input(batch_shape=(BASE, *X.shape[1:]))
+    return keras.Model(inputs, keras.layers.Dense(1)(inputs))
+
+
+WHOLE = 8 * BASE
+FIXED_SIZE = {
+    "measuring": ("cut into parts", {"policy": "measure"}),
+    "accumulating": (
+        "cut into parts",
+        {"policy": "fixed", "max_batch_size": WHOLE, "superbatch_size": 32},
+    ),
+    "growing": (
+        "of 16 or 32 examples",
+        {
+            "policy": kb.policies.BatchSizeSchedule({1: 2 * BASE}),
+            "max_batch_size": 32,
+        },
+    ),
+    "other-base": ("of 16 examples", {"policy": "fixed", "batch_size": 16}),
+    "other-fixed": (
+        "of 16 examples",
+        {"policy": kb.policies.Fixed(16), "max_batch_size": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("make", [of_one_size, stateful, indifferent])
+@pytest.mark.parametrize("name", FIXED_SIZE)
+def test_a_model_of_one_batch_size_gets_no_other(make, name):
+    constraint, arguments = FIXED_SIZE[name]
+    model = compiled(make())
+    model.fit(X[:WHOLE], Y[:WHOLE], BASE, verbose=0)
+    before = state_of(model)
+
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        fit(model, X[:WHOLE], Y[:WHOLE], **arguments)
+
+    mistake = Mistake(
+        *("", None, constraint, f"batch_size={BASE}"),
+        "Use keras.Input(shape) without `batch_size`",
+    )
+    assert_three_parts(caught.value, mistake)
+    assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize("make", [of_one_size, stateful])
+@pytest.mark.parametrize("through", ["trainer", "callback"])
+def test_a_short_last_batch_is_refused_by_a_model_of_one_size(make, through):
+    model = compiled(make())
+    model.fit(X[:WHOLE], Y[:WHOLE], BASE, verbose=0)
+    before = state_of(model)
+
+    with pytest.raises(ValueError, match="6 examples that are left") as caught:
+        if through == "trainer":
+            fit(model, policy="fixed")
+        else:
+            callback = kb.DynamicBatchSize("fixed", BASE)
+            model.fit(X, Y, WHOLE, callbacks=[callback], verbose=0)
+
+    assert f"Received: an input with batch_size={BASE}" in str(caught.value)
+    if through == "trainer":
+        assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "examples"),
+    [(of_one_size, WHOLE), (stateful, WHOLE), (indifferent, EXAMPLES)],
+)
+def test_a_model_of_one_size_trains_at_that_size(make, examples):
+    data = X[:examples], Y[:examples]
+    arguments = {"batch_size": BASE, "epochs": 2, "shuffle": False}
+    ours, theirs = (
+        comparing.seeded(lambda: compiled(make())) for _ in range(2)
+    )
+    trainer = kb.AdaptiveTrainer(
+        ours, "fixed", superbatch_size=4 * BASE, verbose=0
+    )
+
+    mine = trainer.fit(*data, verbose=0, **arguments)
+    their = theirs.fit(*data, verbose=0, **arguments)
+
+    # A loop over time steps rounds otherwise where it knows the batch size.
+    np.testing.assert_allclose(
+        mine.history["loss"], their.history["loss"], rtol=1e-6
+    )
+
+
+def test_a_stateful_layer_gets_no_parts_of_batches():
+    model = regressor()
+    model.layers[1].stateful = True
+
+    with pytest.raises(ValueError, match="Received: layer '.*stateful=True"):
+        fit(model, policy="measure")
 
 
 def test_another_backend_is_named(monkeypatch):

@@ -82,6 +82,24 @@ def test_batch_is_carried_out_in_smaller_parts(most):
     assert ours.result.plan.batch_size == BASE
 
 
+class Shrinks(keras.callbacks.Callback):
+    """Leaves room for 3 examples, once the first superbatch is done."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.layers[1].most = 3
+
+
+@pytest.mark.filterwarnings(HALVED)
+def test_metrics_of_an_epoch_go_on_where_memory_runs_out_within_it():
+    data = comparing.regression()
+    ours = comparing.adaptive(
+        *(of_limited(10**6), *data), policy="fixed", callbacks=[Shrinks()]
+    )
+    assert ours.result.plan.micro_batch_size <= 3
+    theirs = comparing.plain(of_limited(10**6), *data)
+    comparing.assert_close(ours, theirs, RTOL)
+
+
 def test_one_line_says_so():
     data = comparing.regression()
     with pytest.warns(RuntimeWarning) as caught:
