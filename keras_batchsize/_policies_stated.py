@@ -154,8 +154,10 @@ class GrowOnPlateau(BatchSizePolicy):
         return dict(self._state)
 
     def set_state(self, state):
-        """Takes over what `get_state` returned."""
-        self._state = dict(state)
+        """Takes over what `get_state` returned, here or in another policy."""
+        self.reset()
+        if isinstance(state, dict) and state.keys() >= self._state.keys():
+            self._state = {key: state[key] for key in self._state}
 
 
 def direction_of(monitor, mode="auto"):

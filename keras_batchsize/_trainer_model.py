@@ -5,6 +5,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _controller_state
 from keras_batchsize import requirements
 
 
@@ -44,6 +45,20 @@ class LastOptimizer:
 
 def _steps_of(model):
     return keras.ops.convert_to_numpy(model.optimizer.iterations).item()
+
+
+def check_state(state):
+    """Raises if a state is none that `AdaptiveTrainer.get_state` returns.
+
+    Args:
+        state: What the caller passed.
+
+    Raises:
+        TypeError: If it, or a value in it, is of another kind.
+        ValueError: If keys are missing, or are not known.
+    """
+    if state != {}:  # That of a trainer before its first `fit`.
+        _controller_state.check_state(state)
 
 
 def warn_of_steps_per_execution(model):

@@ -11,6 +11,7 @@ from keras_batchsize import noise
 from keras_batchsize import policies
 from keras_batchsize import scaling
 from keras_batchsize._controller_speed import Speed
+from keras_batchsize._controller_state import check_state
 from keras_batchsize.clock import ExamplesClock
 from keras_batchsize.measuring import PARTS
 from keras_batchsize.measuring import MeasuringSchedule
@@ -302,9 +303,9 @@ class Controller:
 
     def _dwells(self):
         examples, updates = self._changed_at
+        held = _DWELL_SUPERBATCHES * self.superbatch_size
         return (
-            self.examples - examples
-            < _DWELL_SUPERBATCHES * self.superbatch_size
+            self.examples - examples < held
             or self.updates - updates < _DWELL_UPDATES
         )
 
@@ -369,8 +370,9 @@ class Controller:
             state: Dict of plain JSON types.
 
         Raises:
-            ValueError: If it belongs to another base batch size.
+            ValueError: If it is of another base batch size, or no state.
         """
+        check_state(state)
         if state["base_batch_size"] != self.ladder.base:
             raise ValueError(
                 "A state can only be resumed with the base batch size it was "

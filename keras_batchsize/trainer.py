@@ -12,6 +12,7 @@ from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize._trainer_model import LastOptimizer
 from keras_batchsize._trainer_model import check_last_batch
+from keras_batchsize._trainer_model import check_state
 from keras_batchsize._trainer_model import warn_of_steps_per_execution
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
@@ -379,10 +380,10 @@ class AdaptiveTrainer:
         """Lets the next `fit` go on from what `get_state` returned.
 
         Args:
-            state: Dict of plain JSON types.
+            state: Dict of plain JSON types; an empty one to start anew.
         """
-        self._controller = None
-        self._state = dict(state) or None
+        check_state(state)
+        self._controller, self._state = None, dict(state) or None
 
 
 def _board(tensorboard):

@@ -589,6 +589,48 @@ def test_state_of_another_base_is_refused_with_the_right_one():
     assert text.endswith("Use batch_size=32.")
 
 
+def test_a_state_is_checked_before_anything_is_taken_over():
+    controller = make_controller()
+    before = controller.get_state()
+    state = {**before, "batch_size": 64, "examples": 5, "noise": {}}
+    with pytest.raises(ValueError, match=r"state\['noise'\] without"):
+        controller.set_state(state)
+    assert controller.get_state() == before
+
+
+def test_every_value_of_a_state_is_checked():
+    state = make_controller().get_state()
+    names = {(key,) for key in state if key != "policy"} | {
+        (key, inner)
+        for key in ("clock", "measuring", "noise")
+        for inner in state[key]
+    }
+    for name in names:
+        changed = json.loads(json.dumps(state))
+        inner = changed
+        for key in name[:-1]:
+            inner = inner[key]
+        inner[name[-1]] = "something else"
+        with pytest.raises(TypeError, match="something else"):
+            make_controller().set_state(changed)
+
+
+def test_a_state_of_an_earlier_version_is_taken():
+    state = make_controller().get_state()
+    for key in ("largest_micro_batch_size", "replicas", "expected"):
+        del state[key]
+    make_controller().set_state(state)
+
+
+def test_a_plateau_is_waited_for_anew_after_another_policy():
+    state = make_controller(policies.Fixed(64)).get_state()
+    controller = make_controller(policies.GrowOnPlateau("loss"))
+    for of_another in ({}, [1, 2], {"best": 0.5}):
+        controller.set_state({**state, "policy": of_another})
+        controller.on_epoch_end(0, {"loss": 1.0})
+        assert controller.policy.get_state()["best"] == 1.0
+
+
 def test_state_fits_other_bounds():
     controller = make_controller(policies.Fixed(512))
     trained(controller, Machine(100.0), 10)

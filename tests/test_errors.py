@@ -7,6 +7,7 @@ it was.
 
 import dataclasses
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -532,6 +533,116 @@ def test_what_cannot_be_cut_is_refused(
 def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy="fixed")
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
+
+
+# States that are none.
+
+
+@functools.cache
+def a_state():
+    """Returns what a trainer saves after a training."""
+    trainer = kb.AdaptiveTrainer(regressor(), "measure", verbose=0)
+    trainer.fit(X, Y, BASE, verbose=0)
+    return trainer.get_state()
+
+
+def without(key):
+    return {name: value for name, value in a_state().items() if name != key}
+
+
+def within(key, **changed):
+    return a_state() | {key: a_state()[key] | changed}
+
+
+NO_STATES = {
+    "list": (lambda: [a_state()], TypeError, "of type list, not a dict"),
+    "none": (lambda: None, TypeError, "state=None of type NoneType"),
+    "json": (lambda: json.dumps(a_state()), TypeError, "of type str"),
+    "key-missing": (lambda: without("noise"), ValueError, "without 'noise'"),
+    "keys-missing": (
+        lambda: {"batch_size": 8},
+        ValueError,
+        "without 'base_batch_size', 'base_steps', 'changed_at', 'clock'",
+    ),
+    "key-unknown": (
+        lambda: a_state() | {"new": 1},
+        ValueError,
+        "state with 'new'",
+    ),
+    "of-a-backup": (
+        lambda: {"controller": a_state(), "factor": 1.0, "seconds": 0.0},
+        ValueError,
+        "and with 'controller', 'factor', 'seconds'",
+    ),
+    "size-of-text": (
+        lambda: a_state() | {"batch_size": "8"},
+        TypeError,
+        "state['batch_size']='8', not a positive integer",
+    ),
+    "size-0": (
+        lambda: a_state() | {"batch_size": 0},
+        TypeError,
+        "state['batch_size']=0, not a positive integer",
+    ),
+    "clock-of-number": (
+        lambda: a_state() | {"clock": 7},
+        TypeError,
+        "state['clock']=7 of type int, not a dict",
+    ),
+    "clock-stopped": (
+        lambda: a_state() | {"clock": {"steps": 1}},
+        ValueError,
+        "state['clock'] without 'examples'",
+    ),
+    "noise-of-text": (
+        lambda: within("noise", level="much"),
+        TypeError,
+        "state['noise']['level']='much', not a number",
+    ),
+    "noise-of-other-shape": (
+        lambda: within("noise", running=[1.0]),
+        TypeError,
+        "state['noise']['running']=[1.0], not a list of lists of numbers",
+    ),
+    "timings-of-text": (
+        lambda: a_state() | {"timings": {"eight": [0.1]}},
+        TypeError,
+        "state['timings']={'eight': [0.1]}, not a dict from sizes",
+    ),
+    "health-of-number": (
+        lambda: a_state() | {"healthy": 1},
+        TypeError,
+        "state['healthy']=1, not True or False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATES)
+def test_what_is_no_state_changes_nothing(name):
+    make, error, received = NO_STATES[name]
+    model = regressor()
+    trainer = kb.AdaptiveTrainer(model, "measure", verbose=0)
+    trainer.fit(X, Y, BASE, verbose=0)
+    before, held = trainer.get_state(), state_of(model)
+
+    with pytest.raises(error, match="Received: ") as caught:
+        trainer.set_state(make())
+
+    mistake = Mistake(
+        *("", None, "`state` must be what `get_state` of this version"),
+        *(received, "set_state({}) to start anew"),
+    )
+    assert_three_parts(caught.value, mistake)
+    assert trainer.get_state() == before
+    assert_as_it_was(model, held)
+
+
+def test_an_empty_state_starts_anew():
+    trainer = kb.AdaptiveTrainer(regressor(), "measure", verbose=0)
+    trainer.set_state(a_state())
+    assert trainer.get_state() == a_state()
+    trainer.set_state({})
+    assert trainer.get_state() == {}
 
 
 # Models that were made for one batch size.
