@@ -3,8 +3,8 @@
 An out-of-memory error then hurts nobody, and a CPU can be measured by the
 statistics of TensorFlow's own allocator. What is handed over is the model's
 configuration (memory does not depend on weights), how it is compiled, and a
-few examples; classes are imported by name, so those of a script or notebook
-cannot be handed over.
+few examples; classes are imported from their modules, so those of a script or
+notebook cannot be handed over.
 """
 
 import json
@@ -22,6 +22,17 @@ from keras_batchsize import keras_private
 from keras_batchsize.batch_profile import BatchProfile
 
 _WORKER = "keras_batchsize._memory_worker"
+# What a model and its dtypes may be the cause of is handed back as it is, so
+# that nobody has to know where it was raised. Keras says that a layer lacks a
+# type by the first two, TensorFlow that an operation does by the last three.
+ERRORS = (
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.NotFoundError,
+    tf.errors.UnimplementedError,
+)
 # Starting TensorFlow takes some of the time; no step does.
 _START_SECONDS = 120
 
@@ -41,11 +52,16 @@ def probe_in_process(model, examples, limits, accumulates):
     Raises:
         ValueError: If the model cannot be handed over, or if nothing fits.
         RuntimeError: If the child process did not come back.
+        Exception: One of `ERRORS` that the child process raised.
     """
     _check_device(model)
-    request = {
+    built = {
         "model": _handed_over(model),
         "compile": model.get_compile_config(),
+    }
+    request = {
+        **built,
+        "objects": _own_objects(json.loads(json.dumps(built))),
         "jit_compile": bool(model.jit_compile),
         "limits": vars(limits) | {"maximum": _finite(limits.maximum)},
         "accumulates": accumulates,
@@ -62,8 +78,31 @@ def probe_in_process(model, examples, limits, accumulates):
         _save_examples(folder, request, examples)
         answer = _run(folder, limits)
     if "error" in answer:
-        raise ValueError(answer["error"])
+        raise _error_from(answer)
     return BatchProfile.from_dict(answer["profile"])
+
+
+def answer_of(error):
+    """Returns how a child process hands an error back, or raises it again.
+
+    Args:
+        error: An exception.
+
+    Returns:
+        Dict of JSON values.
+    """
+    for index, kind in enumerate(ERRORS):
+        if isinstance(error, kind):
+            return {"error": str(error), "kind": index}
+    raise error
+
+
+def _error_from(answer):
+    """Returns the error that was handed back."""
+    kind, text = ERRORS[answer["kind"]], answer["error"]
+    if issubclass(kind, tf.errors.OpError):
+        return kind(None, None, text)
+    return kind(text)
 
 
 def _check_device(model):
@@ -95,14 +134,60 @@ def _handed_over(model):
         config = keras.saving.serialize_keras_object(model)
         json.dumps([config, model.get_compile_config()])
     except (NotImplementedError, TypeError, ValueError) as error:
-        _refuse(f"{type(error).__name__}: {error}"[:300])
+        raise not_built_again(error) from error
     if "__lambda__" in json.dumps(config):
         _refuse("a Lambda layer holds a function that has no name")
     return config
 
 
+def _own_objects(configuration):
+    """Returns where the classes and functions come from that Keras has not.
+
+    Keras looks them up by the names that they were registered by, and never
+    imports a module for it.
+
+    Args:
+        configuration: JSON values.
+
+    Returns:
+        Dict from registered names to pairs (module, name in it).
+    """
+    found, text = {}, json.dumps(configuration)
+    for name, known in keras.saving.get_custom_objects().items():
+        if json.dumps(name) in text:
+            found[name] = known.__module__, known.__qualname__
+    nodes = [configuration]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            module = node.get("module")
+            if module and module.split(".")[0] not in ("keras", "builtins"):
+                name = node.get("registered_name") or node["class_name"]
+                found.setdefault(name, (module, node["class_name"]))
+            node = list(node.values())
+        if isinstance(node, list):
+            nodes += node
+    for name, (module, _) in found.items():
+        if module == "__main__":
+            _refuse(f"{name} is defined in __main__")
+    return found
+
+
+def not_built_again(error):
+    """Returns the error that a model cannot be built again.
+
+    Args:
+        error: The exception by which that failed.
+    """
+    return _refusal(f"{type(error).__name__}: {error}"[:300])
+
+
 def _refuse(why):
-    raise ValueError(
+    raise _refusal(why)
+
+
+def _refusal(why):
+    return ValueError(
         "The model must be one that can be built again from its "
         f"configuration, in another process. Received: isolation=True; {why}. "
         "Put classes into a module with get_config() and "

@@ -1,7 +1,9 @@
 """The child process of `_memory_process.py`."""
 
+import importlib
 import json
 import math
+import operator
 import pathlib
 import sys
 
@@ -9,51 +11,70 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_batchsize import _memory_process
 from keras_batchsize import exhaustion
 from keras_batchsize import memory
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_limits import Limits
 
 
-def answer_to(folder):
-    """Probes the model described in a folder.
+def set_up(request):
+    """Sets what holds for the whole process, as in the parent.
 
     Args:
-        folder: A `pathlib.Path` with `request.json` and `examples.npz`.
-
-    Returns:
-        Dict of JSON values, with "profile" or "error".
+        request: Dict of JSON values.
     """
-    request = json.loads((folder / "request.json").read_text("utf-8"))
     intra, inter = request["threads"]
     tf.config.threading.set_intra_op_parallelism_threads(intra)
     tf.config.threading.set_inter_op_parallelism_threads(inter)
     keras.config.set_dtype_policy(request["global_policy"])
+
+
+def answer_to(request, folder):
+    """Probes the model described in a folder.
+
+    Args:
+        request: Dict of JSON values.
+        folder: A `pathlib.Path` with `examples.npz`.
+
+    Returns:
+        Dict of JSON values, with "profile" or "error".
+    """
     try:
-        model = keras.saving.deserialize_keras_object(request["model"])
-        model.compile_from_config(request["compile"])
-    except Exception as error:
-        if not exhaustion.is_out_of_memory(error):
-            raise
-        limit = request["limits"]["memory_limit"]
-        return {
-            "error": (
-                "No batch size fits: not even the weights do. Received: "
-                f"memory_limit={limit}. Raise it, or use a smaller model."
-            )
-        }
-    model.jit_compile = request["jit_compile"]
-    examples = _examples(folder, request)
-    try:
+        model = _built(request)
+        examples = _examples(folder, request)
         profile = memory.probe(
             model,
             examples,
             Limits(**request["limits"]),
             request["accumulates"],
         )
-    except ValueError as error:
-        return {"error": str(error)}
+    except _memory_process.ERRORS as error:
+        return _memory_process.answer_of(error)
     return {"profile": profile.to_dict()}
+
+
+def _built(request):
+    """Returns the model of a request, compiled."""
+    try:
+        own = {
+            name: operator.attrgetter(path)(importlib.import_module(module))
+            for name, (module, path) in request["objects"].items()
+        }
+        with keras.saving.custom_object_scope(own):
+            model = keras.saving.deserialize_keras_object(request["model"])
+            model.compile_from_config(request["compile"])
+    except Exception as error:
+        if exhaustion.is_out_of_memory(error):
+            limit = request["limits"]["memory_limit"]
+            raise ValueError(
+                "No batch size fits: not even the weights do. Received: "
+                f"memory_limit={limit}. Raise it, or use a smaller model."
+            ) from error
+        # Of the type it is not: it was built once, under the same policy.
+        raise _memory_process.not_built_again(error) from error
+    model.jit_compile = request["jit_compile"]
+    return model
 
 
 def _examples(folder, request):
@@ -78,5 +99,7 @@ def _examples(folder, request):
 
 if __name__ == "__main__":
     place = pathlib.Path(sys.argv[1])
-    text = json.dumps(answer_to(place))
+    asked = json.loads((place / "request.json").read_text("utf-8"))
+    set_up(asked)
+    text = json.dumps(answer_to(asked, place))
     (place / "answer.json").write_text(text, encoding="utf-8")

@@ -10,10 +10,13 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from test_workers import config
 from test_workers import free_ports
 
 import keras_batchsize as kb
+from keras_batchsize import _memory_process
+from keras_batchsize import _memory_worker
 from keras_batchsize import memory
 
 SCRIPT = pathlib.Path(__file__).with_name("memory_in_process.py")
@@ -120,6 +123,83 @@ def test_nothing_fits_in_a_child_process():
             isolation=True,
             memory_limit=30 * 2**20,
         )
+
+
+@keras.saving.register_keras_serializable()
+class KnowsFloat32(keras.layers.Layer):
+    """Raises an error under every other type that is computed in."""
+
+    def __init__(self, kind, **options):
+        super().__init__(**options)
+        self.kind = kind
+
+    def call(self, x, training=False):
+        if training and self.compute_dtype != "float32":
+            raise _memory_process.ERRORS[self.kind](*self._arguments())
+        return x
+
+    def _arguments(self):
+        text = f"no {self.compute_dtype} here"
+        kind = _memory_process.ERRORS[self.kind]
+        is_tensorflow = issubclass(kind, tf.errors.OpError)
+        return (None, None, text) if is_tensorflow else (text,)
+
+    def get_config(self):
+        return {**super().get_config(), "kind": self.kind}
+
+
+class NotRegistered(keras.layers.Dense):
+    """Can be found by its module and name all the same."""
+
+
+@keras.saving.register_keras_serializable()
+def own_error(y, y_pred):
+    return keras.ops.square(y - y_pred)
+
+
+def of_kind(kind):
+    """Returns a model of half precision that fails in its first step."""
+    inputs = keras.Input((16,))
+    hidden = KnowsFloat32(kind, dtype="mixed_bfloat16")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize("kind", range(len(_memory_process.ERRORS)))
+def test_an_error_of_the_child_is_the_one_that_there_would_be_without(
+    kind, monkeypatch
+):
+    def run(folder, limits):
+        request = json.loads((folder / "request.json").read_text("utf-8"))
+        return json.loads(json.dumps(_memory_worker.answer_to(request, folder)))
+
+    # A child in name only, as each takes ten seconds to start.
+    monkeypatch.setattr(_memory_process, "_run", run)
+    expected = _memory_process.ERRORS[kind]
+    for isolation in (False, True):
+        with pytest.raises(expected, match="no bfloat16 here") as caught:
+            kb.find_max_batch_size(of_kind(kind), X, Y, isolation=isolation)
+        assert type(caught.value) is expected
+
+
+def test_a_policy_that_does_not_run_in_a_child_process_says_so():
+    kind = _memory_process.ERRORS.index(NotImplementedError)
+
+    def build():
+        inputs = keras.Input((16,))
+        hidden = NotRegistered(4)(KnowsFloat32(kind)(inputs))
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", own_error)
+        return model
+
+    found = kb.compare_dtype_policies(
+        build, X, Y, policies=("float32", "mixed_bfloat16"), isolation=True
+    )
+    float32, half = found.results
+    assert float32.profile.max_batch_size == 96
+    assert half.profile is None
+    assert half.note == "does not run: NotImplementedError"
 
 
 class WithoutConfig(keras.Model):
