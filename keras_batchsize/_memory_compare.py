@@ -149,15 +149,16 @@ def compared(build_fn, x, y, policies, find):
 
 
 def _result(build_fn, policy, data, find, weights):
-    model = build_fn()
     first = weights is None
     try:
+        model = build_fn()
         profile = find(model)
         weights = model.get_weights() if first else weights
         losses = _first_losses(model, data, weights)
     except (
         NotImplementedError,
         TypeError,
+        tf.errors.InvalidArgumentError,
         tf.errors.UnimplementedError,
     ) as error:
         if first:

@@ -329,6 +329,7 @@ def outcome(probes, policy, jit_compile, built, warm):
         ("mixed_bfloat16", False, True, True),
         ("float32", True, True, False),
         ("mixed_float16", True, True, True),
+        ("mixed_bfloat16", True, True, True),
     ],
 )
 def test_training_after_a_probe_is_training_without(

@@ -6,6 +6,7 @@ import comparing
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from comparing import compiled
 from comparing import dense
 
@@ -187,6 +188,57 @@ def test_dropout_does_not_make_policies_disagree():
     rounding = 16 * 2**-10  # Of float16.
     assert abs(losses[2][0] / losses[0][0] - 1) > rounding
     assert all(result.agrees for result in comparison.results), losses
+
+
+class OnlyFloat32(keras.layers.Layer):
+    """Fails under any other type, as what knows no half precision does."""
+
+    def __init__(self, error, when):
+        super().__init__()
+        self.error, self.when = error, when
+        self._maybe_fail("made")
+
+    def call(self, x, training=False):
+        if training:
+            self._maybe_fail("run")
+        return x
+
+    def _maybe_fail(self, when):
+        if when == self.when and self.compute_dtype != "float32":
+            raise self.error
+
+
+@pytest.mark.parametrize("when", ["made", "run"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("no such layer"),
+        TypeError("no such type"),
+        # As TensorFlow says that there is no kernel, or no such attribute.
+        tf.errors.InvalidArgumentError(None, None, "No OpKernel"),
+        tf.errors.UnimplementedError(None, None, "no such type"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_policy_that_does_not_run_ends_no_comparison(error, when):
+    def build_with_layer():
+        inputs = keras.Input((comparing.FEATURES,))
+        hidden = OnlyFloat32(error, when)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", "mse")
+        return model
+
+    found = kb.compare_dtype_policies(
+        *(build_with_layer, *comparing.regression(16)),
+        policies=["float32", "mixed_bfloat16"],
+        maximum=16,
+    )
+
+    assert found.results[0].profile.max_batch_size == 16
+    assert found.results[1].profile is None
+    name = type(error).__name__
+    assert found.results[1].note == f"does not run: {name}"
+    assert found.recommended is None
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.6])

@@ -7,6 +7,7 @@ rounding. Each shape costs seconds of compiling: the models are tiny, and few.
 import comparing
 import keras
 import numpy as np
+import pytest
 from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import adaptive
@@ -109,27 +110,60 @@ def test_size_changes_equal_those_without_xla_and_compile_once_per_size(graphs):
     assert ours.history["batch_size"] == 2 * sizes
 
 
-def test_half_precision_with_a_loss_scale():
-    def halves():
-        keras.config.set_dtype_policy("mixed_float16")
+def halves(policy):
+    """Returns a factory of models of a dtype policy."""
+
+    def make():
+        keras.config.set_dtype_policy(policy)
         try:
             return dense()
         finally:
             keras.config.set_dtype_policy("float32")
 
+    return make
+
+
+def plain_momentum():
+    return optimizers.SGD(0.05, momentum=0.9)
+
+
+def scaled_momentum():
+    return optimizers.LossScaleOptimizer(
+        plain_momentum(), dynamic_growth_steps=5
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "optimizer", "rtol"),
+    [
+        # XLA keeps what it fuses in float32: equal to some roundings of
+        # float16, of 2⁻¹¹, or of bfloat16, of 2⁻⁸.
+        ("mixed_float16", scaled_momentum, 2e-2),
+        ("mixed_bfloat16", plain_momentum, 1e-1),
+    ],
+)
+def test_half_precision_equals_plain_fit(policy, optimizer, rtol):
     def make(**options):
-        return compiled(
-            halves,
-            optimizer=lambda: optimizers.LossScaleOptimizer(
-                optimizers.SGD(0.05, momentum=0.9), dynamic_growth_steps=5
-            ),
-            **options,
-        )
+        return compiled(halves(policy), optimizer=optimizer, **options)
 
     data = comparing.regression()
     ours = adaptive(
         make(jit_compile=True), *data, policy="measure", measure_every=1
     )
-    # XLA keeps what it fuses in float32: equal to some roundings of float16.
-    comparing.assert_close(ours, plain(make(), *data), 2e-2)
+    comparing.assert_close(ours, plain(make(), *data), rtol)
     assert ours.result.noise_scale.trace > 0.0
+
+
+def test_measuring_in_bfloat16_leaves_training_alone_bit_for_bit():
+    def make():
+        return compiled(
+            halves("mixed_bfloat16"),
+            optimizer=plain_momentum,
+            jit_compile=True,
+        )
+
+    data = comparing.regression()
+    ours = adaptive(make(), *data, policy="measure", measure_every=1)
+    theirs = adaptive(make(), *data, policy="fixed")
+    del theirs.history["noise_scale"], theirs.history["examples_per_second"]
+    comparing.assert_same(ours, theirs)
