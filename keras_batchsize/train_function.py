@@ -328,7 +328,7 @@ class AdaptiveTrainFunction:
         if self._steps is None:
             return 0
         epoch = self._examples_per_epoch()
-        left = self._epochs * epoch - self.controller.examples
+        left = (self._epochs - self.epoch) * epoch - self.epoch_examples
         return max(min(epoch, left), total)
 
     def _examples_per_epoch(self):

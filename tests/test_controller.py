@@ -16,7 +16,6 @@ from quadratics import SPREAD
 from quadratics import measured
 from quadratics import quadratic
 
-from keras_batchsize import controller as controller_module
 from keras_batchsize import policies
 from keras_batchsize import scaling
 from keras_batchsize._controller_advice import recommended_batch_size
@@ -241,9 +240,9 @@ def test_skipped_measurements_are_counted():
     assert after(controller, norms=(INFINITE,)).skipped_measurements == 1
 
 
-@pytest.mark.parametrize("batch_size", [32, 1024])
+@pytest.mark.parametrize("batch_size", [32, 1024, SUPERBATCH])
 def test_changes_keep_their_distance(batch_size):
-    # Starting from 32 the examples decide, from 1024 the updates.
+    # Starting from 32 the examples decide, from a superbatch the updates.
     ladder = Ladder(batch_size, 8, SUPERBATCH)
     policy = policies.NoiseScale()
     controller, machine = make_controller(policy, ladder), Machine(50.0)
@@ -255,12 +254,9 @@ def test_changes_keep_their_distance(batch_size):
         if machine.superbatch(controller) is not None:
             distances.append((before[0] - examples, before[1] - updates))
             examples, updates = before
-    least = controller_module._DWELL_SUPERBATCHES * SUPERBATCH
     assert len(distances) >= 3
-    assert all(examples >= least for examples, _ in distances)
-    assert all(
-        updates >= controller_module._DWELL_UPDATES for _, updates in distances
-    )
+    assert all(examples >= 4 * SUPERBATCH for examples, _ in distances)
+    assert all(updates >= 8 for _, updates in distances)
 
 
 def test_a_stated_size_is_taken_at_once():

@@ -31,7 +31,9 @@ FACTOR = 4.0
 STATIC = {"base_batch_size": BASE, "batch_size": 4 * BASE}
 
 
-def scaled(make_model, *data, rule="linear", callbacks=(), **scaling):
+def scaled(
+    make_model, *data, rule="linear", callbacks=(), epochs=2, **scaling
+):
     """Trains by plain `fit` with the static `LearningRateScaling`."""
     ours = kb.LearningRateScaling(rule, **{**STATIC, **scaling})
     return plain(
@@ -39,6 +41,7 @@ def scaled(make_model, *data, rule="linear", callbacks=(), **scaling):
         *data,
         batch_size=4 * BASE,
         callbacks=[ours, *callbacks],
+        epochs=epochs,
     )
 
 
@@ -496,6 +499,17 @@ def test_warm_up_follows_a_size_that_changes():
     )
     # √4 = 2, reached after 256 examples.
     expected = [1.0 + min(seen / 256, 1.0) for seen in range(0, 384, 32)]
+    np.testing.assert_allclose(factors_of(weights.seen), expected, rtol=1e-5)
+
+
+def test_warm_up_counts_a_short_last_superbatch_once_an_epoch_has_ended():
+    # 70 examples: superbatches of 32, 32 and 6, which Keras tells as three.
+    x, weights = np.zeros((70, FEATURES), "float32"), Weights()
+    scaled(slope, x, x, warmup_epochs=2, epochs=3, callbacks=[weights])
+    first = [1.0 + 3.0 * seen / (2 * 96) for seen in (0, 32, 64)]
+    later = [1.0 + 3.0 * seen / (2 * 70) for seen in (70, 102, 134)]
+    # Two epochs, and not an example more.
+    expected = [*first, *later, 4.0, 4.0, 4.0]
     np.testing.assert_allclose(factors_of(weights.seen), expected, rtol=1e-5)
 
 

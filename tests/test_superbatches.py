@@ -88,6 +88,14 @@ def of_dict():
     return compiled(keras.Model(*two_inputs()))
 
 
+def of_inputs_in_another_order():
+    """By order instead of by name each input would be taken for the other."""
+    table = keras.Input((4, 3), name="z")
+    row = keras.Input((3,), name="a")
+    both = layers.Concatenate()([layers.Flatten()(table), row])
+    return compiled(keras.Model([table, row], layers.Dense(1)(both)))
+
+
 def of_one_number():
     inputs = keras.Input((1,))
     return compiled(keras.Model(inputs, layers.Dense(1)(inputs)))
@@ -251,6 +259,10 @@ def stream(x, **arguments):
     return {"x": x, "shuffle": False, **arguments}
 
 
+TABLES = {
+    "a": X[:, :3],
+    "z": np.repeat(X[:, None, 2:], 4, axis=1),
+}
 DICT = {"one": X, "two": X[:, :1]}
 TWO_TARGETS = {"size": Y, "kind": CLASSES}
 OUT_OF_DATA = "Your input ran out of data"
@@ -390,6 +402,17 @@ INPUTS = [
         "dataset-of-dicts",
         of_dict,
         lambda: stream(sliced(DICT, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-dicts-in-another-order",
+        of_inputs_in_another_order,
+        lambda: stream(sliced(TABLES, Y).batch(BASE)),
+    ),
+    Input(
+        "dataset-of-dicts-in-another-order-unbatched",
+        of_inputs_in_another_order,
+        lambda: stream(sliced(TABLES, Y), batch_size=BASE),
+        lambda: stream(sliced(TABLES, Y).batch(BASE)),
     ),
     Input(
         "dataset-weighted",
