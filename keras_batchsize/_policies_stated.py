@@ -92,7 +92,7 @@ class GrowOnPlateau(BatchSizePolicy):
         self,
         monitor="val_loss",
         factor=2,
-        patience=5,
+        patience=10,
         min_delta=1e-4,
         cooldown=0,
         mode="auto",

@@ -453,3 +453,12 @@ def test_a_rate_set_by_a_callback_is_the_base_rate():
     in_force = {row.epoch: row.learning_rate for row in trainer.report.rows}
     expected = [0.005, 4 * 0.0025, 4 * 0.00125]
     np.testing.assert_allclose(list(in_force.values()), expected, rtol=1e-6)
+
+
+def test_growing_on_a_plateau_waits_as_reducing_the_rate_does():
+    ours = inspect.signature(kb.policies.GrowOnPlateau).parameters
+    theirs = inspect.signature(keras.callbacks.ReduceLROnPlateau).parameters
+    shared = ("monitor", "patience", "min_delta", "cooldown", "mode")
+    assert {*ours} == {*shared, "factor"}
+    for name in shared:
+        assert ours[name].default == theirs[name].default, name
