@@ -10,7 +10,6 @@ from comparing import regression
 import keras_batchsize as kb
 from keras_batchsize.controller import Controller
 
-
 # Keras says so of any data that do not tell their length.
 OUT_OF_DATA = "ignore:Your input ran out of data:UserWarning"
 
