@@ -337,8 +337,12 @@ def put_back(model):
     Args:
         model: A built Keras model.
     """
-    before = len(model.variables)
     others = [one for one in model.variables if not one.trainable]
+    # Those of the losses of several outputs are not among them.
+    metrics = model.metrics_variables
+    others += [
+        one for one in metrics if not any(one is other for other in others)
+    ]
     held = [keras.ops.convert_to_numpy(one) for one in others]
     try:
         yield
@@ -348,7 +352,7 @@ def put_back(model):
             now = keras.ops.convert_to_numpy(variable)
             if not np.array_equal(now, value):
                 variable.assign(value)
-        if len(model.variables) > before:
+        if len(model.metrics_variables) > len(metrics):
             model.reset_metrics()  # Some have been made by that.
 
 

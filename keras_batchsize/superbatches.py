@@ -83,6 +83,7 @@ class Superbatches(keras_private.DataAdapter):
         self._copies = copies
         self._sizes = sizes
         self._bounds = bounds
+        self._has_steps = False
         # Told the number, Keras makes one iterator per epoch instead of two.
         self.steps_per_epoch = None if arrays is None else self.num_batches
 
@@ -151,6 +152,11 @@ class Superbatches(keras_private.DataAdapter):
             return None
         return _arrays.specs_of(self._arrays)
 
+    def count_steps(self, steps_per_epoch):
+        """Ends an epoch after so many superbatches, not with the data."""
+        self.steps_per_epoch = steps_per_epoch
+        self._has_steps = self._sizes is not None
+
     def facts(self):
         """Returns what all workers must have alike, a dict."""
         is_shared = self._strategy is not None and not self._copies
@@ -164,7 +170,7 @@ class Superbatches(keras_private.DataAdapter):
     @property
     def examples_per_epoch(self):
         """Examples in an epoch (at most, by a batch), or None."""
-        if self._sizes is not None and len(self._sizes) > 1:
+        if self._has_steps:  # Then the sizes are those of an epoch.
             if self._copies:
                 return len(self._sizes) * self._sizes[0]
             return sum(self._sizes)
@@ -261,7 +267,7 @@ def _dealt_out_already(model, x, batch_size, steps_per_epoch):
 def _sized(result, base, size, steps_per_epoch):
     result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
-        result.steps_per_epoch = math.ceil(steps_per_epoch * base / size)
+        result.count_steps(math.ceil(steps_per_epoch * base / size))
     return result
 
 

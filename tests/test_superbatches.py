@@ -797,6 +797,19 @@ def test_steps_per_epoch_go_on_where_the_last_epoch_ended():
     assert counts.updates == [math.ceil(5 * BASE / size) for size in SIZES]
 
 
+@pytest.mark.parametrize("steps", [1, 4, 5, 9, 20])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_an_epoch_of_steps_has_so_many_base_batches(steps, repeats):
+    data = (sliced(X, Y).repeat().batch(BASE),) if repeats else (X, Y)
+    made = make_superbatches(
+        *(regressor(), *data),
+        batch_size=BASE,
+        superbatch_size=SUPERBATCH,
+        steps_per_epoch=steps,
+    )
+    assert made.examples_per_epoch == steps * BASE
+
+
 def test_keras_counts_the_same_steps_in_every_epoch():
     counts, _ = train_on_schedule(X, IDS, batch_size=BASE)
 
