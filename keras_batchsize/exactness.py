@@ -337,12 +337,8 @@ def put_back(model):
     Args:
         model: A built Keras model.
     """
-    others = [one for one in model.variables if not one.trainable]
-    # Those of the losses of several outputs are not among them.
-    metrics = model.metrics_variables
-    others += [
-        one for one in metrics if not any(one is other for other in others)
-    ]
+    metrics = model.metrics_variables  # Not among the variables of a model.
+    others = [one for one in model.variables if not one.trainable] + metrics
     held = [keras.ops.convert_to_numpy(one) for one in others]
     try:
         yield
