@@ -19,16 +19,19 @@ from keras_batchsize.update_graphs import UpdateGraphs
 from keras_batchsize.workers import Workers
 
 
-def team_of(model, examples):
+def team_of(model, examples, kept=None):
     """Returns the `OneDevice` or the `Team` that trains a model.
 
     Args:
         model: A Keras model.
         examples: Function (superbatch, start, size) that returns a batch on
             one device.
+        kept: The `KeptSteps` of earlier fits, or None.
     """
     strategy = replicas.strategy_of(model)
-    return OneDevice(examples) if strategy is None else Team(strategy, examples)
+    if strategy is None:
+        return OneDevice(examples, kept)
+    return Team(strategy, examples)
 
 
 class OneDevice:
@@ -36,13 +39,15 @@ class OneDevice:
 
     Args:
         examples: Function (superbatch, start, size) that returns a batch.
+        kept: The `KeptSteps` of earlier fits, or None.
     """
 
     replicated = False
     is_alone = True
 
-    def __init__(self, examples):
+    def __init__(self, examples, kept=None):
         self._examples = examples
+        self._kept = kept
 
     def next_of(self, iterator):
         """Returns the next superbatch of an iterator."""
@@ -50,7 +55,9 @@ class OneDevice:
 
     def make_graphs(self, model, base_batch_size, splits):
         """Returns the `UpdateGraphs` of a model."""
-        return UpdateGraphs(model, base_batch_size, splits, self._examples)
+        return UpdateGraphs(
+            model, base_batch_size, splits, self._examples, self._kept
+        )
 
     def tell_cost_of(self, batch_size):
         """Says what a base batch size costs: one device shares nothing."""

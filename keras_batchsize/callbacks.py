@@ -30,6 +30,7 @@ from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import multiples_in_words
 from keras_batchsize.report import Report
 from keras_batchsize.train_function import AdaptiveTrainFunction
+from keras_batchsize.update_graphs import KeptSteps
 
 __all__ = [
     "BackupAndRestore",
@@ -93,6 +94,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         self.verbose = verbose
         self.report = None
         self._train_function = None
+        self._kept_steps = KeptSteps()
         self._has_ended = False
         self.make_ladder(math.inf)
 
@@ -158,6 +160,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
             steps=self.params.get("steps"),
             epochs=self.params.get("epochs", 1),
             examples=self.examples,
+            kept=self._kept_steps,
         )
         function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end
@@ -212,7 +215,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
 
     def __getstate__(self):
         """Leaves graphs out: a copy can train, but not go on with them."""
-        return {**vars(self), "_train_function": None}
+        left_out = {"_train_function": None, "_kept_steps": KeptSteps()}
+        return {**vars(self), **left_out}
 
     def _announce(self, change):
         """Prints and records a change of the size."""

@@ -43,6 +43,7 @@ class AdaptiveTrainFunction:
         epochs: Number of epochs planned.
         examples: Function (superbatch, start, size) that returns a batch as
             `train_step` receives it.
+        kept: The `KeptSteps` of earlier fits, or None.
 
     Attributes:
         controller: The `Controller`; None before the first superbatch.
@@ -66,6 +67,7 @@ class AdaptiveTrainFunction:
         steps=None,
         epochs=1,
         examples=slicing.examples,
+        kept=None,
     ):
         self.controller = None
         self.warmup_epochs = 0
@@ -89,11 +91,9 @@ class AdaptiveTrainFunction:
         self._controller_for = controller_for
         self._place = Place(model)
         self._graphs = None
-        self._team = team_of(model, examples)
+        self._team = team_of(model, examples, kept)
         self._guard = MemoryGuard(model, self._team.is_alone)
-        self._in_one_pass = None
-        self._pending = None
-        self._state = None
+        self._in_one_pass = self._pending = self._state = None
         self._step = 0
         self._factor = 1.0
         # Not known before the first epoch has ended: taken for long.

@@ -24,6 +24,7 @@ from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.superbatches import make_superbatches
+from keras_batchsize.update_graphs import KeptSteps
 
 # Without a limit a batch is at most this part of the data, so that an epoch
 # has updates enough to follow.
@@ -35,9 +36,10 @@ _LARGEST_OF_UNKNOWN = 64
 class _TrainerBatchSize(DynamicBatchSize):
     """`DynamicBatchSize` with a controller that outlives one `fit`."""
 
-    def __init__(self, controller, examples, verbose):
+    def __init__(self, controller, examples, kept_steps, verbose):
         super().__init__(controller.policy, controller.ladder.base)
         self.verbose = verbose
+        self._kept_steps = kept_steps
         self.examples = examples
         self._controller = controller
 
@@ -123,6 +125,7 @@ class AdaptiveTrainer:
         self._state = None
         self._profile = None
         self._last_optimizer = LastOptimizer()
+        self._kept_steps = KeptSteps()
 
     def probe(self, x, y=None, sample_weight=None, **limits):
         """Finds out which batch sizes fit memory, and how fast they are.
@@ -232,7 +235,8 @@ class AdaptiveTrainer:
     def _fit(self, superbatches, callbacks, verbose, **arguments):
         controller = self._controller_for(superbatches)
         sizes = _TrainerBatchSize(
-            controller, superbatches.examples, self.verbose and verbose != 0
+            *(controller, superbatches.examples, self._kept_steps),
+            self.verbose and verbose != 0,
         )
         distributed.check_alike(
             self.model,

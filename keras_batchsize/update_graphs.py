@@ -23,7 +23,7 @@ import tensorflow as tf
 from keras_batchsize import learning_rate
 from keras_batchsize import requirements
 from keras_batchsize import slicing
-from keras_batchsize.gradients import GradientAccumulator
+from keras_batchsize._update_graphs_steps import KeptSteps
 from keras_batchsize.learning_rate import RateInForce
 from keras_batchsize.measuring import PARTS
 
@@ -37,24 +37,30 @@ class UpdateGraphs:
         splits: Whether batches are cut, to accumulate or to measure.
         examples: Function (superbatch, start, size) that returns a batch as
             `train_step` receives it.
+        kept: The `KeptSteps` of earlier fits, or None.
 
     Attributes:
         splits: Whether batches are cut.
     """
 
     def __init__(
-        self, model, base_batch_size, splits, examples=slicing.examples
+        self,
+        model,
+        base_batch_size,
+        splits,
+        examples=slicing.examples,
+        kept=None,
     ):
         self._model = model
         self._base = base_batch_size
         self._examples = examples
         self.splits = splits
-        self._accumulator = GradientAccumulator(model) if splits else None
+        steps = (kept or KeptSteps()).of(model, splits)
+        self._accumulator = steps.accumulator
         self._outputs = None
         self._has_own_logs = _has_own_logs(model)
         self._eager = model.run_eagerly
-        self._step = self._function(self._one_step)
-        self._add = self._function(self._one_micro_batch)
+        self._step, self._add = steps.whole, steps.part
         self._plain = self._function(self._plain_loop)
         self._accumulate = self._function(self._accumulate_loop)
         self._measure = self._function(self._measure_loop)
@@ -126,13 +132,6 @@ class UpdateGraphs:
             lambda spec: tf.zeros(spec.shape, spec.dtype),
             concrete.structured_outputs,
         )
-
-    def _one_step(self, batch, rate):
-        with learning_rate.applied(self._model.optimizer, rate):
-            return self._model.train_step(batch)
-
-    def _one_micro_batch(self, total, batch):
-        return self._accumulator.add(total, batch)
 
     def plain(self, data, start, stop, batch_size, rate):
         """Makes unmeasured updates of examples [start, stop).

@@ -1,5 +1,10 @@
 """What `AdaptiveTrainer` chooses where nothing is said, and what it recalls."""
 
+import gc
+
+import comparing
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from comparing import BASE
@@ -106,3 +111,116 @@ def test_nothing_is_spent_in_advance_where_no_end_is_known(ahead):
     )
     trainer.fit(unknown(64), epochs=2, verbose=0)
     assert set(ahead[:2]) == {0}
+
+
+# What is traced once.
+
+
+class Counts(keras.layers.Layer):
+    """Counts how often it is traced, or run eagerly, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def call(self, x, training=False):
+        self.calls += bool(training)
+        return x
+
+
+def counting():
+    inputs = keras.Input((comparing.FEATURES,))
+    hidden = keras.layers.Dense(4, activation="tanh")(Counts()(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    return model
+
+
+def compiled_anew(model):
+    # With the same optimizer, so that nothing else tells.
+    model.compile(model.optimizer, "mae")
+
+
+def frozen(model):
+    model.layers[2].trainable = False
+    model.compile(model.optimizer, "mse")
+
+
+def on_a_schedule(model):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.5)
+    model.optimizer.learning_rate = schedule
+
+
+def eager(model):
+    model.run_eagerly = True
+
+
+def by_trainer(model):
+    trainer = kb.AdaptiveTrainer(
+        model, "measure", superbatch_size=SUPERBATCH, verbose=0
+    )
+    return lambda x, y: trainer.fit(
+        x, y, batch_size=BASE, shuffle=False, verbose=0
+    )
+
+
+def by_callback(model):
+    sizes = kb.DynamicBatchSize("measure", BASE)
+    return lambda x, y: model.fit(
+        x, y, SUPERBATCH, shuffle=False, callbacks=[sizes], verbose=0
+    )
+
+
+@pytest.mark.parametrize("ready", [by_trainer, by_callback])
+def test_a_second_fit_does_not_trace_the_model_anew(ready):
+    model = comparing.seeded(counting)
+    fit = ready(model)
+    fit(*regression())
+    calls = model.layers[1].calls
+
+    # Other data, and another number of them.
+    fit(*regression(90, seed=1))
+    fit(*regression(64, seed=2))
+
+    assert model.layers[1].calls == calls
+
+
+@pytest.mark.parametrize("ready", [by_trainer, by_callback])
+@pytest.mark.parametrize(
+    "change", [compiled_anew, frozen, on_a_schedule, eager]
+)
+def test_a_second_fit_traces_anew_what_has_changed(ready, change):
+    x, y = regression(64)
+    models = [comparing.seeded(counting) for _ in range(2)]
+    fit = ready(models[0])
+    fit(x, y)
+    models[1].fit(x, y, BASE, shuffle=False, verbose=0)
+    for model in models:
+        change(model)
+        if change is on_a_schedule:
+            model.train_function = None  # Or Keras would not notice.
+
+    fit(x, y)
+    models[1].fit(x, y, BASE, shuffle=False, verbose=0)
+
+    for one, two in zip(*(model.get_weights() for model in models)):
+        # Eagerly, operations are not fused: another rounding.
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+def graphs_alive():
+    """How many graphs there are that hold a whole step."""
+    gc.collect()
+    return sum(
+        type(one).__name__ == "FuncGraph" and one.name == "_one_step"
+        for one in gc.get_objects()
+    )
+
+
+def test_no_graph_is_left_by_each_fit():
+    fit = by_trainer(comparing.seeded(counting))
+    fit(*regression())
+    before = graphs_alive()
+    for seed in range(3):
+        fit(*regression(seed=seed))
+    assert graphs_alive() == before
