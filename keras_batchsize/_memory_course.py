@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import math
-import statistics
 import time
 
 from keras_batchsize import exhaustion
@@ -11,6 +10,7 @@ from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize._memory_workload import DOUBTED
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
@@ -47,6 +47,7 @@ class Course:
         (self._resident,) = self._agreed(
             max(float(workload.resident_bytes), float(meter.current() or 0))
         )
+        self._spare = 0.0
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
         if self._usable is not None:
@@ -74,6 +75,8 @@ class Course:
         if own is None:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
+        # Half of the reserve is for peaks that come rarely.
+        self._spare = usable * meter.reserve / 2.0
         usable = usable * (1.0 - meter.reserve) - meter.lost_bytes
         data = self._examples.data_bytes if meter.holds_data else 0
         return own, usable - data, reason
@@ -189,6 +192,12 @@ class Course:
         if not peaks:
             return Trial(size, None, seconds, False, elapsed, constant)
         needed, added = self._needed(size, peaks, summed)
+        if self._usable is not None and needed > self._usable:
+            # Two high peaks in a row are no reason to reject a size.
+            again = self._or_none(lambda: workload.repeat(size, DOUBTED))
+            if again is None:
+                return Trial(size, failed=True, trial_seconds=elapsed)
+            needed, added = self._needed(size, again[0], summed)
         if summed is not None:
             # What accumulating adds are sums, whatever the size.
             constant += added
@@ -197,8 +206,10 @@ class Course:
     def _needed(self, size, peaks, other):
         """Returns how many bytes must be there for a size.
 
-        Of equal updates, the usual peak and the hole that tensors may leave;
-        or the largest peak that was seen, if that is more.
+        Equal updates differ, by the order in which their operations happen to
+        run. What counts is the middle between the least and the most that
+        was seen, which a few updates tell better than their median, and the
+        hole that tensors may leave; rare peaks may reach into the reserve.
 
         Args:
             size: Integer, examples per update.
@@ -206,18 +217,17 @@ class Course:
             other: Peak of whatever else ran at the size, or None.
 
         Returns:
-            Pair of the bytes, and by how much `other` is above the usual peak.
+            Pair of the bytes, and by how much `other` is above the middle.
         """
         seen = self._peaks.setdefault(size, [])
         seen += peaks
-        usual, most = statistics.median(seen), max(seen)
-        if other is not None:
-            most = max(most, other)
-        usual, most, other = self._agreed(usual, most, other or 0.0)
-        added = max(other - usual, 0.0)
+        most = max(*seen, other or 0.0)
+        middle = (min(seen) + max(seen)) / 2.0
+        middle, most, other = self._agreed(middle, most, other or 0.0)
+        added = max(other - middle, 0.0)
         self._most[size] = max(most, self._most.get(size, 0))
-        usual += added + self._hole * size
-        return max(most, usual), added
+        middle += added + self._hole * size
+        return max(middle, most - self._spare), added
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""
@@ -254,20 +264,25 @@ class Course:
             tail = int(self._examples.count) % size
 
         def run():
-            peaks, other = workload.finish_epoch(size, tail)
+            peaks, other, seconds = workload.finish_epoch(size, tail)
             if peaks and workload.accumulates and workload.compiles:
                 other = max(other, workload.accumulate(size))
-            return peaks, other
+            return peaks, other, seconds
 
         ran = self._or_none(run)
         if ran is None:
             worse = dataclasses.replace(best, failed=True, step_seconds=None)
         else:
-            peaks, other = ran
+            peaks, other, seconds = ran
+            (seconds,) = self._agreed(seconds)
             needed = best.peak_bytes
             if peaks:
                 needed = max(needed, self._needed(size, peaks, other)[0])
-            worse = dataclasses.replace(best, peak_bytes=needed)
+            worse = dataclasses.replace(
+                best,
+                peak_bytes=needed,
+                step_seconds=min(seconds, best.step_seconds),
+            )
         self._trials[self._trials.index(best)] = worse
         return size_search.fits(worse, self._usable)
 

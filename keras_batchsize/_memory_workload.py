@@ -20,20 +20,23 @@ from keras_batchsize import slicing
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize.train_function import team_of
 
-# Batches there are at once: one in use, and two that `fit` reads ahead. So many
-# updates a call makes, too, where both they and the batches are small: calling
-# takes time of its own. Large ones lie in memory one by one, as those of `fit`.
-BATCHES_HELD = 3
+# Batches there are at once: one in use, two that `fit` has read ahead, and one
+# that is being put together. So many updates a call makes, too, where both they
+# and the batches are small: calling takes time of its own. Large ones lie in
+# memory one by one, as those of `fit`.
+BATCHES_HELD = 4
 _SHORT_SECONDS = 0.05
 _SMALL_BYTES = 2**23
 # A batch size that hardly divides the number of elements of anything else.
 _PRIME = 61
-# Timed calls at one size, after the first.
+# Timed calls at one size, after the first; one where a call is long.
 CALLS = 3
+_LONG_SECONDS = 0.15
 # Calls more at the size that is to be the answer: peaks of equal steps differ.
 # So many at least, and up to so many in so many seconds.
-AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 8, 15, 0.5
-_LONG_SECONDS = 0.3
+AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 4, 15, 0.5
+# So many more where a size is about to be rejected.
+DOUBTED = 2
 
 
 class Workload:
@@ -176,7 +179,7 @@ class Workload:
         # Replicas wait for each other, and workers have clocks of their own:
         # all must make the same calls.
         long = first >= _LONG_SECONDS and not self._replicated
-        for call in range(CALLS - 1 if long else CALLS):
+        for call in range(1 if long else CALLS):
             shortest = min(seconds, default=first)
             updates = 1
             if shortest < _SHORT_SECONDS and not (
@@ -264,6 +267,31 @@ class Workload:
         del held
         return self._meter.peak()
 
+    def repeat(self, size, calls, data=None):
+        """Makes single updates, more where they are short.
+
+        Args:
+            size: Integer, examples per update.
+            calls: Integer, how many updates at least.
+            data: What `_waiting` returns for the size, None to make it.
+
+        Returns:
+            Pair of the peaks of the updates in bytes, as a list, and the
+            seconds of one.
+        """
+        if data is None:
+            self._meter.reset(self.resident_bytes)
+            data = self._waiting(size)
+        peaks, seconds = [], []
+        for call in range(calls if self._replicated else _AGAIN_SHORT):
+            if call >= calls and sum(seconds) >= _AGAIN_SECONDS:
+                break
+            seconds.append(
+                self._timed(self._plain, data[call % len(data)], size, 1)
+            )
+            self._note_peak(peaks)
+        return peaks, min(seconds)
+
     def finish_epoch(self, size, tail):
         """Trains some more, on the ragged last batch, and validates.
 
@@ -272,24 +300,18 @@ class Workload:
             tail: Integer, examples in the last batch of an epoch, or 0.
 
         Returns:
-            Pair of the peaks of the first calls in bytes, as a list, and that
-            of the rest, None if it cannot be told.
+            Tuple of the peaks of the first calls in bytes, as a list, that of
+            the rest, None if it cannot be told, and the seconds of a call.
         """
         self._meter.reset(self.resident_bytes)
-        data, peaks, seconds = self._waiting(size), [], 0.0
-        for call in range(AGAIN if self._replicated else _AGAIN_SHORT):
-            if call >= AGAIN and seconds >= _AGAIN_SECONDS:
-                break
-            seconds += self._timed(
-                self._plain, data[call % len(data)], size, 1
-            )
-            self._note_peak(peaks)
+        data = self._waiting(size)
+        peaks, seconds = self.repeat(size, AGAIN, data)
         if tail:
             self._plain(data[0], tail, 1)
         held = self._held()
         _wait_for(self._validate(self._batch(size)))
         del held
-        return peaks, self._meter.peak()
+        return peaks, self._meter.peak(), seconds
 
     def _batch(self, examples):
         """Returns a batch, dealt out to the replicas if there are several."""

@@ -218,5 +218,6 @@ def probe(model, examples, limits, accumulates=True, meter=None):
         A `BatchProfile`.
     """
     meter = meter_for(model) if meter is None else meter
+    meter.settle(limits.memory_limit)
     with Workload(model, examples, meter, accumulates) as workload:
         return Course(workload, examples, limits, meter, model).run()

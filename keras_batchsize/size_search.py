@@ -35,11 +35,11 @@ _LARGEST_JUMP = 32
 # Where memory cannot be measured, only failures tell.
 _BLIND_JUMP = 4
 # Of what is there for batches it aims at so much: peaks of equal steps differ.
-_AIM = 0.98
+_AIM = 0.965
 # By so much (peak - constant)/size was seen to rise over a jump of any length.
 _RISE = 1.15
 # A size that takes so much of what is there for batches is large enough.
-_ENOUGH = 0.94
+_ENOUGH = 0.93
 # Steps that gain less are not worth a trial.
 _SMALLEST_GAIN = 1.05
 # Two sizes closer than this tell the noise of peaks, not their slope.
@@ -161,7 +161,7 @@ def next_size(trials, bounds, seconds_left=math.inf):
     if above is None:
         wanted = _extrapolated(trials, best, bounds)
     else:
-        wanted = _interpolated(best, above, bounds, len(trials))
+        wanted = _interpolated(trials, best, above, bounds)
     size = _rounded(min(wanted, bounds.cap), bounds)
     if size < best.batch_size * _SMALLEST_GAIN and size < bounds.cap:
         return None, bounds.memory_reason
@@ -181,18 +181,20 @@ def _is_close(trial, usable_bytes):
 
 
 def _smaller(above, bounds, count):
-    """Goes down from a first size that was too large."""
+    """Goes down from a first size that was too large.
+
+    After a failure to the very bottom, to come up again by what is measured
+    there: another failure would cost as much as all of that.
+    """
     least = bounds.multiple_of
     if above.batch_size <= least or count >= MOST_TRIALS:
         return None, bounds.memory_reason
-    wanted = above.batch_size / 4
-    if not above.failed:
-        constant = above.constant_bytes
-        room = max(bounds.usable_bytes - constant, 0.0)
-        wanted = above.batch_size * room / (above.peak_bytes - constant)
+    if above.failed or count >= MOST_TRIALS - 1:
+        return least, None
+    constant = above.constant_bytes
+    room = max(bounds.usable_bytes - constant, 0.0)
+    wanted = above.batch_size * room / (above.peak_bytes - constant)
     size = min(wanted * _AIM, above.batch_size / 2)
-    if count >= MOST_TRIALS - 1:
-        size = least
     return _rounded(max(size, least), bounds), None
 
 
@@ -252,14 +254,17 @@ def _slope_below(trials, best):
     )
 
 
-def _interpolated(best, above, bounds, count):
+def _interpolated(trials, best, above, bounds):
     """A size between one that fits and one that does not."""
     low, high = best.batch_size, above.batch_size
     if above.failed or best.peak_bytes is None:
-        # A failure tells no peak. Once more in the middle, then closer to
-        # the size that is known to run.
-        share = 0.5 if count < MOST_TRIALS - 2 else 0.3
-        return low + share * (high - low)
+        # A failure tells no peak: what ran does, or else the middle. Where
+        # that failed, too, closer to the size that is known to run.
+        share = 0.5 if len(trials) < MOST_TRIALS - 2 else 0.3
+        middle = low + share * (high - low)
+        if best.peak_bytes is None or bounds.usable_bytes is None:
+            return middle
+        return min(middle, _extrapolated(trials, best, bounds))
     goal = _goal(best, bounds.usable_bytes)
     slope = (above.peak_bytes - best.peak_bytes) / (high - low)
     if slope <= 0.0:

@@ -67,15 +67,17 @@ class SpikyMeter(FakeMeter):
 
 
 @pytest.mark.parametrize("spike", [1.0, 1.04, 1.3])
-def test_rare_peaks_count(spike):
+def test_rare_peaks_may_reach_into_the_reserve(spike):
     meter = SpikyMeter(
         spike, limit=100 * MB, constant=10 * MB, slope=0.01 * MB
     )
     size = probe(meter, safety_margin=0.05).max_batch_size
-    most = spike * (10 * MB + 0.01 * MB * size)
-    usable = 0.95 * 0.91 * 100 * MB
+    least = 10 * MB + 0.01 * MB * size
+    most = spike * least
+    usable, reserve = 0.95 * 0.91 * 100 * MB, 0.95 * 0.09 * 100 * MB
+    needed = max((least + most) / 2, most - reserve / 2)
     # What there is is used: the tensors of the model are small.
-    assert 0.85 * usable <= most <= usable
+    assert 0.85 * usable <= needed <= usable
 
 
 def test_what_fragmentation_takes_is_half_of_the_largest_tensor():

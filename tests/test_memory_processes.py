@@ -30,6 +30,7 @@ LIMIT = {
     ("name", "environment"),
     [
         ("a_limit_is_kept", LIMIT),
+        ("settled_memory_is_cut_to_measure", LIMIT),
         ("xla_fails_three_times", LIMIT),
         ("training_goes_on", LIMIT),
         ("replicas_are_left_as_they_were", {}),
