@@ -305,11 +305,14 @@ class Course:
         )
 
     def _row(self, trial):
-        fits = size_search.fits(trial, self._usable)
-        note = "" if fits else "over the margin"
+        fits, note = size_search.fits(trial, self._usable), ""
+        peak = self._most.get(trial.batch_size)
         if trial.failed:
             note = OUT_OF_MEMORY
-        peak = self._most.get(trial.batch_size)
+        elif not fits:
+            note = "over the margin"
+        elif peak is not None and peak > (self._usable or math.inf):
+            note = "yes, but for a rare peak"
         return ProfileRow(
             batch_size=trial.batch_size,
             peak_bytes=None if peak is None else int(peak),

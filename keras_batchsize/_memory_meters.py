@@ -90,7 +90,7 @@ class AllocatorMeter(Meter):
     # fail, the same steps took 0.78 to 0.90 of the limit from one region (an
     # MLP, a CNN, a Transformer, two dtype policies). Half of the largest
     # tensor, which `Course` leaves free, and this are below that.
-    reserve = 0.10
+    reserve = 0.13
     # The regions of 2 and 4 MB, with which a growing allocator begins, are
     # too small for large tensors.
     lost_bytes = 6 * 2**20

@@ -184,16 +184,19 @@ def _smaller(above, bounds, count):
     """Goes down from a first size that was too large.
 
     After a failure to the very bottom, to come up again by what is measured
-    there: another failure would cost as much as all of that.
+    there: another failure would cost as much as all of that. Where nothing is
+    measured, only failures tell.
     """
-    least = bounds.multiple_of
+    least, blind = bounds.multiple_of, bounds.usable_bytes is None
     if above.batch_size <= least or count >= MOST_TRIALS:
         return None, bounds.memory_reason
-    if above.failed or count >= MOST_TRIALS - 1:
+    if (above.failed and not blind) or count >= MOST_TRIALS - 1:
         return least, None
-    constant = above.constant_bytes
-    room = max(bounds.usable_bytes - constant, 0.0)
-    wanted = above.batch_size * room / (above.peak_bytes - constant)
+    wanted = above.batch_size / _BLIND_JUMP
+    if not above.failed:
+        constant = above.constant_bytes
+        room = max(bounds.usable_bytes - constant, 0.0)
+        wanted = above.batch_size * room / (above.peak_bytes - constant)
     size = min(wanted * _AIM, above.batch_size / 2)
     return _rounded(max(size, least), bounds), None
 

@@ -1,5 +1,6 @@
 """The probe: what it returns, what it leaves, and what it refuses."""
 
+import collections
 import itertools
 import random
 
@@ -78,6 +79,27 @@ def test_rare_peaks_may_reach_into_the_reserve(spike):
     needed = max((least + most) / 2, most - reserve / 2)
     # What there is is used: the tensors of the model are small.
     assert 0.85 * usable <= needed <= usable
+
+
+class LateMeter(SpikyMeter):
+    """The first peaks at a size are higher than those that follow."""
+
+    def __init__(self, **arguments):
+        super().__init__(1.0, **arguments)
+        self._reads = collections.Counter()
+
+    def peak(self):
+        self._reads[self.size] += 1
+        return super().peak() * (1.2 if self._reads[self.size] < 5 else 1.0)
+
+
+def test_high_peaks_in_a_row_reject_no_size():
+    meter = LateMeter(limit=100 * MB, constant=10 * MB, slope=0.01 * MB)
+    # 75 MB as a rule, 90 at first; 86 may be used.
+    profile = probe(meter, start=6500, maximum=6500)
+    assert profile.max_batch_size == 6500
+    assert profile.rows[-1].peak_bytes > profile.usable_bytes
+    assert "yes, but for a rare peak" in str(profile)
 
 
 def test_what_fragmentation_takes_is_half_of_the_largest_tensor():
