@@ -503,6 +503,54 @@ def test_a_training_resumes_in_the_process_that_was_interrupted(tmp_path):
     assert_equal(model, expected)
 
 
+@pytest.mark.parametrize(
+    ("superbatches", "interrupt"), [(1, (1, 0)), (2, (2, 0)), (3, (2, 0))]
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_backup_within_an_epoch_is_resumed_as_under_plain_fit(
+    superbatches, interrupt, own, tmp_path
+):
+    # Keras goes back to the beginning of the epoch, with what it has learned;
+    # the clock of a schedule goes on.
+    per_superbatch = SUPERBATCH // BASE
+    data = regression(2 * SUPERBATCH)
+    arguments = {"epochs": 4, "shuffle": False, "verbose": 0}
+
+    def resumed(fit, kind, batches, epoch, last):
+        folder = tmp_path / f"{kind.__module__}{batches}"
+        with pytest.raises(KeyboardInterrupt):
+            fit([kind(folder, save_freq=batches), Interrupts(epoch, last)])
+        return fit([kind(folder, save_freq=batches)])
+
+    def ours(callbacks):
+        trainer = kb.AdaptiveTrainer(
+            comparing.seeded(decaying),
+            *("fixed", "linear"),
+            superbatch_size=SUPERBATCH,
+            verbose=0,
+        )
+        return trainer.fit(*data, BASE, callbacks=callbacks, **arguments)
+
+    def theirs(callbacks):
+        model = comparing.seeded(decaying)
+        return model.fit(*data, BASE, callbacks=callbacks, **arguments)
+
+    kind = kb.BackupAndRestore if own else keras.callbacks.BackupAndRestore
+    epoch, superbatch = interrupt
+    mine = resumed(ours, kind, superbatches, epoch, superbatch)
+    their = resumed(
+        theirs,
+        keras.callbacks.BackupAndRestore,
+        superbatches * per_superbatch,
+        epoch,
+        (superbatch + 1) * per_superbatch - 1,
+    )
+
+    assert mine.epoch == their.epoch
+    assert mine.history["loss"] == their.history["loss"]
+    assert_equal(mine.model, their.model)
+
+
 def test_a_backup_is_made_between_epochs_too(tmp_path):
     backup = kb.BackupAndRestore(tmp_path, save_freq=2, delete_checkpoint=False)
 
