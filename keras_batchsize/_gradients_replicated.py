@@ -30,7 +30,7 @@ class ReplicatedGradients(GradientAccumulator):
 
     def first(self, data):
         """Returns `add(zeros(), data)`, without adding any zeros."""
-        gradients, losses, weight, examples = self._backward(data)
+        gradients, losses, weight, examples, _ = self._backward(data)
         loss, output_losses = losses
         sums = self.zeros()
         return sums._replace(
@@ -52,7 +52,7 @@ class ReplicatedGradients(GradientAccumulator):
         """
         if self._replicas == 1:
             return super().add(total, data)
-        gradients, losses, weight, examples = self._backward(data)
+        gradients, losses, weight, examples, _ = self._backward(data)
         loss, output_losses = losses
         return total._replace(
             gradients=self._summed(total.gradients, gradients, weight),

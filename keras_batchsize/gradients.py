@@ -34,6 +34,8 @@ class Accumulated(NamedTuple):
         weight: Σ cᵢ, scalar float32.
         examples: Number of examples, scalar int32.
         count: Number of micro-batches, scalar int32.
+        logs: Dict of Σ nᵢ times what an own `compute_metrics` returns besides
+            the results of metrics, nᵢ the examples of micro-batch i.
     """
 
     gradients: Any
@@ -44,6 +46,7 @@ class Accumulated(NamedTuple):
     weight: tf.Tensor
     examples: tf.Tensor
     count: tf.Tensor
+    logs: dict = {}
 
 
 class GradientAccumulator:
@@ -60,6 +63,8 @@ class GradientAccumulator:
         self._model = model
         self._kind = exactness.normaliser(model)
         self._with_gradient = set()
+        # Logs besides the results of metrics, as zeros.
+        self.own_logs = {}
 
     @property
     def normaliser(self):
@@ -80,6 +85,7 @@ class GradientAccumulator:
             weight=tf.zeros((), tf.float32),
             examples=tf.zeros((), tf.int32),
             count=tf.zeros((), tf.int32),
+            logs=dict(self.own_logs),
         )
 
     def add(self, total, data):
@@ -92,7 +98,7 @@ class GradientAccumulator:
         Returns:
             The new `Accumulated`.
         """
-        gradients, losses, weight, examples = self._backward(data)
+        gradients, losses, weight, examples, logs = self._backward(data)
         loss, output_losses = losses
         scale = self._loss_scale()
         sq_norm = self._dot(gradients, gradients, scale)
@@ -110,6 +116,12 @@ class GradientAccumulator:
             weight=total.weight + weight,
             examples=total.examples + examples,
             count=total.count + 1,
+            logs={
+                name: value
+                + tf.cast(examples, value.dtype)
+                * tf.cast(logs[name], value.dtype)
+                for name, value in total.logs.items()
+            },
         )
 
     def _backward(self, data):
@@ -121,7 +133,9 @@ class GradientAccumulator:
             losses = self._losses(x, y, y_pred, sample_weight)
             scaled = model.optimizer.scale_loss(losses[0])
         gradients = tape.gradient(scaled, model.trainable_weights)
-        model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        logs = model.compute_metrics(
+            x, y, y_pred, sample_weight=sample_weight
+        )
         examples = slicing.count_examples(x)
         weight = exactness.weight_of(
             self._kind, y_pred, sample_weight, examples
@@ -131,7 +145,7 @@ class GradientAccumulator:
             for gradient, variable in zip(gradients, model.trainable_weights)
         ]
         losses = [tf.cast(loss, tf.float32) for loss in losses]
-        return dense, losses, weight, examples
+        return dense, losses, weight, examples, logs
 
     def _losses(self, x, y, y_pred, sample_weight):
         """Computes the loss and, if there are several, that of each output.
@@ -229,6 +243,17 @@ class GradientAccumulator:
         for index, tracker in enumerate(self._trackers()):
             mean = divide(total.output_losses[index], total.weight)
             tracker.update_state(mean, sample_weight=weight)
+
+    def logs(self, total):
+        """Returns the logs of an update, its own ones as means over examples.
+
+        Args:
+            total: An `Accumulated` of at least one micro-batch.
+        """
+        return {
+            name: value / tf.cast(total.examples, value.dtype)
+            for name, value in total.logs.items()
+        }
 
     def norms(self, total):
         """Returns the norms of an update without making it.

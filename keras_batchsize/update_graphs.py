@@ -132,6 +132,19 @@ class UpdateGraphs:
             lambda spec: tf.zeros(spec.shape, spec.dtype),
             concrete.structured_outputs,
         )
+        if self._accumulator is not None:
+            self._accumulator.own_logs = self._own_logs()
+
+    def _own_logs(self):
+        """Returns zeros for the logs that are no results of metrics."""
+        if not self._has_own_logs:
+            return {}
+        results = self._model.get_metrics_result()
+        return {
+            name: tf.zeros(value.shape, tf.float32)
+            for name, value in self._outputs.items()
+            if name not in results and isinstance(value, tf.Tensor)
+        }
 
     def plain(self, data, start, stop, batch_size, rate):
         """Makes unmeasured updates of examples [start, stop).
@@ -245,13 +258,14 @@ class UpdateGraphs:
             element_shape=(5,),
         )
 
-        def body(position, row, total, norms):
+        def body(position, row, total, norms, logs):
             take = micro
             if rows is None:
                 missing = batch_size - total.examples
                 take = tf.minimum(micro, tf.minimum(missing, stop - position))
             batch = self._examples(data, position, take)
             total = self._add(total, batch)
+            logs = self._accumulator.logs(total)
             end = position + take
             full = tf.logical_or(
                 total.examples >= batch_size,
@@ -265,16 +279,16 @@ class UpdateGraphs:
                 lambda: self._apply(total, norms, row, rate_now),
                 lambda: (total, norms),
             )
-            return end, row + tf.cast(full, tf.int32), total, norms
+            return end, row + tf.cast(full, tf.int32), total, norms, logs
 
-        _, count, total, norms = tf.while_loop(
-            lambda position, row, total, norms: position < stop,
+        _, count, total, norms, logs = tf.while_loop(
+            lambda position, *_: position < stop,
             body,
-            (tf.constant(0), tf.constant(0), total, norms),
+            (tf.constant(0), tf.constant(0), total, norms, total.logs),
             parallel_iterations=1,
         )
         return (
-            self._model.get_metrics_result(),
+            {**self._model.get_metrics_result(), **logs},
             self._final_rate(rate, stop - 1),
             total,
             norms.stack()[:count] if rows is None else (norms.stack(), count),

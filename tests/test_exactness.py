@@ -7,6 +7,7 @@ import comparing
 import keras
 import numpy as np
 import pytest
+from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import adaptive
 from comparing import compiled
@@ -443,6 +444,48 @@ def test_outputs_with_masks_of_their_own_are_refused():
     x = np.random.default_rng(0).integers(0, 5, size=(64, 4))
     y = np.ones((64, 4, 1), "float32")
     assert_refused(make, x, [y, y], match="several outputs and masks")
+
+
+# Models with logs of their own.
+
+
+class WithLogs(keras.Model):
+    """Logs what is no metric: in `fit`, that of an epoch's last batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = layers.Dense(2)
+
+    def call(self, x):
+        return self.out(x)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        means = {
+            "mean_output": keras.ops.mean(y_pred),
+            "each_output": keras.ops.mean(y_pred, axis=0)[1],
+            "constant": 2,
+        }
+        return {**logs, **means}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("examples", [70, 128, 150])
+def test_own_logs_are_those_of_the_whole_batch(examples, jit_compile):
+    make = compiled(WithLogs, metrics=["mae"], jit_compile=jit_compile)
+    assert_exact(make, *comparing.regression(examples))
+
+
+def test_own_logs_are_there_in_every_epoch():
+    trained = adaptive(
+        compiled(WithLogs),
+        *comparing.regression(),
+        policy=BatchSizeSchedule({0: BASE, 1: 2 * SUPERBATCH, 2: BASE}),
+        max_batch_size=2 * SUPERBATCH,
+        epochs=3,
+    )
+    for name in ("mean_output", "each_output", "constant", "loss"):
+        assert len(trained.history[name]) == 3
 
 
 # Models with a training step of their own.
