@@ -55,10 +55,10 @@ class Course:
             data = examples.data_bytes if meter.holds_data else 0
             self._hard += (self._limit - data - self._usable) / 4.0
         count = replicas.count(model)
-        # What fragmentation may take, in bytes per example: holes that are
-        # not quite as large as the largest tensor, half of it on average.
+        # What fragmentation may take, in bytes per example: a hole that is
+        # not quite as large as the largest tensor.
         self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
-        self._hole /= 2 * count
+        self._hole /= count
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -75,7 +75,7 @@ class Course:
         if own is None:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
-        # Half of the reserve is for peaks that come rarely.
+        # Half of the reserve is for peaks above the least.
         self._spare = usable * meter.reserve / 2.0
         usable = usable * (1.0 - meter.reserve) - meter.lost_bytes
         data = self._examples.data_bytes if meter.holds_data else 0
@@ -207,9 +207,9 @@ class Course:
         """Returns how many bytes must be there for a size.
 
         Equal updates differ, by the order in which their operations happen to
-        run. What counts is the middle between the least and the most that
-        was seen, which a few updates tell better than their median, and the
-        hole that tensors may leave; rare peaks may reach into the reserve.
+        run, and by pieces of memory that are larger than what they are used
+        for. What they need is the least that was seen, and the hole that
+        tensors may leave; higher peaks may reach into the reserve.
 
         Args:
             size: Integer, examples per update.
@@ -217,17 +217,16 @@ class Course:
             other: Peak of whatever else ran at the size, or None.
 
         Returns:
-            Pair of the bytes, and by how much `other` is above the middle.
+            Pair of the bytes, and by how much `other` is above the least.
         """
         seen = self._peaks.setdefault(size, [])
         seen += peaks
         most = max(*seen, other or 0.0)
-        middle = (min(seen) + max(seen)) / 2.0
-        middle, most, other = self._agreed(middle, most, other or 0.0)
-        added = max(other - middle, 0.0)
+        least, most, other = self._agreed(min(seen), most, other or 0.0)
+        added = max(other - least, 0.0)
         self._most[size] = max(most, self._most.get(size, 0))
-        middle += added + self._hole * size
-        return max(middle, most - self._spare), added
+        needed = least + added + self._hole * size
+        return max(needed, most - self._spare), added
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""

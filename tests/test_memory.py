@@ -68,7 +68,7 @@ class SpikyMeter(FakeMeter):
 
 
 @pytest.mark.parametrize("spike", [1.0, 1.04, 1.3])
-def test_rare_peaks_may_reach_into_the_reserve(spike):
+def test_higher_peaks_may_reach_into_the_reserve(spike):
     meter = SpikyMeter(
         spike, limit=100 * MB, constant=10 * MB, slope=0.01 * MB
     )
@@ -76,7 +76,7 @@ def test_rare_peaks_may_reach_into_the_reserve(spike):
     least = 10 * MB + 0.01 * MB * size
     most = spike * least
     usable, reserve = 0.95 * 0.91 * 100 * MB, 0.95 * 0.09 * 100 * MB
-    needed = max((least + most) / 2, most - reserve / 2)
+    needed = max(least, most - reserve / 2)
     # What there is is used: the tensors of the model are small.
     assert 0.85 * usable <= needed <= usable
 
@@ -102,7 +102,7 @@ def test_high_peaks_in_a_row_reject_no_size():
     assert "yes, but for a rare peak" in str(profile)
 
 
-def test_what_fragmentation_takes_is_half_of_the_largest_tensor():
+def test_fragmentation_takes_as_much_as_the_largest_tensor():
     meter = SpikyMeter(1.0, limit=10 * MB, slope=1000)
     wide = keras.Sequential(
         [keras.Input((comparing.FEATURES,)), keras.layers.Dense(500)]
@@ -110,9 +110,9 @@ def test_what_fragmentation_takes_is_half_of_the_largest_tensor():
     wide.add(keras.layers.Dense(1))
     wide.compile("sgd", "mse")
     profile = probe(meter, wide)
-    assert profile.hole_per_example == 500 * 4 / 2
+    assert profile.hole_per_example == 500 * 4
     room = 10 * MB * 0.95 * 0.91
-    assert 0.85 * room <= 2000 * profile.max_batch_size <= room
+    assert 0.85 * room <= 3000 * profile.max_batch_size <= room
 
 
 @pytest.mark.parametrize(
