@@ -36,7 +36,7 @@ COLUMNS = (
     ("predicted MB", lambda row: megabytes(row.predicted_bytes)),
     ("ms per update", lambda row: milliseconds(row.step_seconds)),
     ("examples/s", lambda row: whole(row.examples_per_second)),
-    ("fits", lambda row: row.note or ("yes" if row.fits else "no")),
+    ("fits", lambda row: "yes" if row.fits else row.note or "no"),
 )
 
 

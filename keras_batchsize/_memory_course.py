@@ -47,7 +47,6 @@ class Course:
         (self._resident,) = self._agreed(
             max(float(workload.resident_bytes), float(meter.current() or 0))
         )
-        self._spare = 0.0
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
         if self._usable is not None:
@@ -55,10 +54,9 @@ class Course:
             data = examples.data_bytes if meter.holds_data else 0
             self._hard += (self._limit - data - self._usable) / 4.0
         count = replicas.count(model)
-        # What fragmentation may take, in bytes per example: a hole that is
+        # What fragmentation may take, in bytes per example: holes that are
         # not quite as large as the largest tensor.
-        self._hole = workload.largest_tensor if meter.leaves_holes else 0.0
-        self._hole /= count
+        self._hole = meter.holes * workload.largest_tensor / count
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -75,8 +73,6 @@ class Course:
         if own is None:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
-        # Half of the reserve is for peaks above the least.
-        self._spare = usable * meter.reserve / 2.0
         usable = usable * (1.0 - meter.reserve) - meter.lost_bytes
         data = self._examples.data_bytes if meter.holds_data else 0
         return own, usable - data, reason
@@ -208,8 +204,8 @@ class Course:
 
         Equal updates differ, by the order in which their operations happen to
         run, and by pieces of memory that are larger than what they are used
-        for. What they need is the least that was seen, and the hole that
-        tensors may leave; higher peaks may reach into the reserve.
+        for. What they need is the least that was seen, and the holes that
+        tensors may leave; or the largest peak, if that is more.
 
         Args:
             size: Integer, examples per update.
@@ -225,8 +221,7 @@ class Course:
         least, most, other = self._agreed(min(seen), most, other or 0.0)
         added = max(other - least, 0.0)
         self._most[size] = max(most, self._most.get(size, 0))
-        needed = least + added + self._hole * size
-        return max(needed, most - self._spare), added
+        return max(least + added + self._hole * size, most), added
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""
@@ -310,8 +305,6 @@ class Course:
             note = OUT_OF_MEMORY
         elif not fits:
             note = "over the margin"
-        elif peak is not None and peak > (self._usable or math.inf):
-            note = "yes, but for a rare peak"
         return ProfileRow(
             batch_size=trial.batch_size,
             peak_bytes=None if peak is None else int(peak),

@@ -28,7 +28,8 @@ class Meter:
         name: How, in a few words.
         reserve: Share of what the margin leaves that stays free as well.
         lost_bytes: Bytes of the limit that large tensors cannot use.
-        leaves_holes: Whether memory may be free in pieces only.
+        holes: How many tensors as large as the largest may find no place in
+            memory that is free, as it is so in pieces.
         counts_first_call: Whether the peak of a first call tells of the
             step, and not of tracing or compiling.
         holds_data: Whether the whole data of `fit` lie on the device, too.
@@ -38,7 +39,7 @@ class Meter:
     name = ""
     reserve = 0.0
     lost_bytes = 0
-    leaves_holes = False
+    holes = 0
     counts_first_call = True
     holds_data = False
 
@@ -87,22 +88,22 @@ class AllocatorMeter(Meter):
         devices: List of names such as "GPU:0".
     """
 
-    # Sizes at which no step failed in fresh processes, whose allocators had
-    # grown, took up to 0.82 of the limit, with the hole that `Course` leaves
-    # for the largest tensor and with what follows. (An MLP, a CNN, a
-    # Transformer, two dtype policies; the CNN was the first to fail, one step
-    # in 150 with 7 % more examples.)
-    reserve = 0.135
-    # The regions of 2, 4 and 8 MB, with which a growing allocator begins, are
-    # too small for large tensors.
-    lost_bytes = 12 * 2**20
-    leaves_holes = True
+    # Untested on GPUs, which begin with one region.
+    reserve = 0.09
+    holes = 1
 
     def __init__(self, devices):
         self._devices = devices
         self.device = ", ".join(devices)
         self.name = "allocator statistics"
         self.holds_data = devices[0].startswith("CPU")
+        if self.holds_data:
+            # A CPU's allocator grows by regions. The last two hold three
+            # quarters of the memory, and each may lack a bit for one tensor
+            # more; the first, of 2, 4 and 8 MB, are too small for large ones.
+            # Judged by the sizes at which fresh processes began to fail: an
+            # MLP, a CNN, a Transformer, two dtype policies.
+            self.reserve, self.holes, self.lost_bytes = 0.02, 2, 16 * 2**20
 
     def limit(self):
         """Returns the smallest limit of the devices, and whose it is."""

@@ -36,8 +36,7 @@ class ProfileRow:
             first ones.
         step_seconds: Seconds of an update; None if it ran out of memory.
         fits: Whether it ran and stayed within the margin.
-        note: Why it does not fit, or that a peak was above the usual and above
-            what may be used, within what is kept for such. "" if it fits.
+        note: Why it does not fit, "" if it does.
     """
 
     batch_size: int
@@ -67,8 +66,8 @@ class BatchProfile:
             "maximum", "time", "host memory" or "trials".
         memory_limit: Bytes of the device that count as all of it; None if
             not known.
-        usable_bytes: Bytes that a usual peak may reach: the limit without
-            the margins. None if not known.
+        usable_bytes: Bytes that a peak may reach: the limit without the
+            margins. None if not known.
         resident_bytes: Bytes in use between steps; None if not known.
         hole_per_example: Bytes per example that stay free above the peak, for
             the fragmentation of the allocator.

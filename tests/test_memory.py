@@ -55,7 +55,7 @@ class SpikyMeter(FakeMeter):
     """Every fourth peak is higher; large tensors leave holes."""
 
     reserve = 0.09
-    leaves_holes = True
+    holes = 2
 
     def __init__(self, spike, **arguments):
         super().__init__(**arguments)
@@ -68,20 +68,18 @@ class SpikyMeter(FakeMeter):
 
 
 @pytest.mark.parametrize("spike", [1.0, 1.04, 1.3])
-def test_higher_peaks_may_reach_into_the_reserve(spike):
+def test_rare_peaks_count(spike):
     meter = SpikyMeter(
         spike, limit=100 * MB, constant=10 * MB, slope=0.01 * MB
     )
     size = probe(meter, safety_margin=0.05).max_batch_size
-    least = 10 * MB + 0.01 * MB * size
-    most = spike * least
-    usable, reserve = 0.95 * 0.91 * 100 * MB, 0.95 * 0.09 * 100 * MB
-    needed = max(least, most - reserve / 2)
+    most = spike * (10 * MB + 0.01 * MB * size)
+    usable = 0.95 * 0.91 * 100 * MB
     # What there is is used: the tensors of the model are small.
-    assert 0.85 * usable <= needed <= usable
+    assert 0.85 * usable <= most <= usable
 
 
-class LateMeter(SpikyMeter):
+class UnluckyMeter(SpikyMeter):
     """The first peaks at a size are higher than those that follow."""
 
     def __init__(self, **arguments):
@@ -94,15 +92,18 @@ class LateMeter(SpikyMeter):
 
 
 def test_high_peaks_in_a_row_reject_no_size():
-    meter = LateMeter(limit=100 * MB, constant=10 * MB, slope=0.01 * MB)
-    # 75 MB as a rule, 90 at first; 86 may be used.
-    profile = probe(meter, start=6500, maximum=6500)
-    assert profile.max_batch_size == 6500
-    assert profile.rows[-1].peak_bytes > profile.usable_bytes
-    assert "yes, but for a rare peak" in str(profile)
+    wide = keras.Sequential(
+        [keras.Input((comparing.FEATURES,)), keras.layers.Dense(500)]
+    )
+    wide.compile("sgd", lambda y, y_pred: keras.ops.mean(y_pred, -1))
+    meter = UnluckyMeter(limit=100 * MB, slope=0.01 * MB)
+    # Of 86 MB that may be used 60 as a rule, 72 at first, and 24 for holes.
+    profile = probe(meter, wide, start=6000, maximum=6000)
+    assert profile.max_batch_size == 6000
+    assert max(row.peak_bytes for row in profile.rows) == 72 * MB
 
 
-def test_fragmentation_takes_as_much_as_the_largest_tensor():
+def test_fragmentation_takes_twice_the_largest_tensor():
     meter = SpikyMeter(1.0, limit=10 * MB, slope=1000)
     wide = keras.Sequential(
         [keras.Input((comparing.FEATURES,)), keras.layers.Dense(500)]
@@ -110,9 +111,9 @@ def test_fragmentation_takes_as_much_as_the_largest_tensor():
     wide.add(keras.layers.Dense(1))
     wide.compile("sgd", "mse")
     profile = probe(meter, wide)
-    assert profile.hole_per_example == 500 * 4
+    assert profile.hole_per_example == 2 * 500 * 4
     room = 10 * MB * 0.95 * 0.91
-    assert 0.85 * room <= 3000 * profile.max_batch_size <= room
+    assert 0.85 * room <= 5000 * profile.max_batch_size <= room
 
 
 @pytest.mark.parametrize(
