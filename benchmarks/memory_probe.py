@@ -7,9 +7,9 @@ process:
 - the probe finds a batch size;
 - another process doubles the size from 2 until it runs out of memory, three
   steps and three of validation each, as Lightning's BatchSizeFinder does;
-- six train five steps at the size that was found, by plain `fit`; the worst
+- four train five steps at the size that was found, by plain `fit`; the worst
   of them counts;
-- six more do the same at larger sizes, each 4 % above the last, until one of
+- four more do the same at larger sizes, each 4 % above the last, until one of
   them fails. The largest size that ran is the largest that a fresh process can
   run, by what is asked of the answer itself. What the answer is of it is
   printed as a range, as the largest lies below the first that failed.
@@ -39,7 +39,7 @@ import keras_batchsize as kb
 
 STEPS = 5
 # Fresh processes in which a size must run.
-PROCESSES = 6
+PROCESSES = 4
 # By so much the sizes grow that are tried above the one that was found.
 STEP_UP = 1.04
 # Examples in memory where policies are compared: more than the largest batch.
