@@ -9,10 +9,10 @@ process:
   steps and three of validation each, as Lightning's BatchSizeFinder does;
 - four train five steps at the size that was found, by plain `fit`; the worst
   of them counts;
-- four more do the same at larger sizes, each 4 % above the last, until one of
-  them fails. The largest size that ran is the largest that a fresh process can
-  run, by what is asked of the answer itself. What the answer is of it is
-  printed as a range, as the largest lies below the first that failed.
+- four more do the same at 1.25 times the size, and at still larger ones until
+  one of them fails. What the answer is of the largest size that a fresh process
+  can run, by what is asked of the answer itself, is printed as a range: at least
+  so much of what failed, at most so much of what ran.
 
     python benchmarks/memory_probe.py
     python benchmarks/memory_probe.py --models cnn --limits 400
@@ -22,11 +22,12 @@ process:
 Seconds leave out importing and building. Run with nothing else on the machine,
 they are comparable; the rest of the table does not depend on that. Where no
 policy is named, float16, for which a CPU has no instructions, is measured with
-the MLP only. About 40 minutes in all on two cores.
+the MLP only. About 20 minutes in all on two cores.
 """
 
 import argparse
 import functools
+import math
 import time
 
 import fresh_processes
@@ -40,8 +41,8 @@ import keras_batchsize as kb
 STEPS = 5
 # Fresh processes in which a size must run.
 PROCESSES = 4
-# By so much the sizes grow that are tried above the one that was found.
-STEP_UP = 1.04
+# Larger sizes that are tried, as parts of the one that was found.
+ABOVE = (1.25, 1.4, 1.6, 1.8, 2.0)
 # Examples in memory where policies are compared: more than the largest batch.
 COMPARED = {"mlp": 2**14, "cnn": 2**8, "transformer": 2**6}
 
@@ -128,23 +129,16 @@ def fewest_steps(limit, prepare, size):
     return fewest
 
 
-def largest_that_runs(limit, prepare, size):
-    """Goes up from a size that runs until one does not.
-
-    Returns:
-        Pair of the largest size that ran, and the first that failed.
-    """
-    ran, failed = size, max(round(size * STEP_UP), size + 1)
-    while fewest_steps(limit, prepare, failed) == STEPS:
-        ran, failed = failed, max(round(failed * STEP_UP), failed + 1)
-    return ran, failed
-
-
 def share_of_largest(limit, prepare, size):
-    """Returns the part of the largest size that runs, as a range in words."""
-    ran, failed = largest_that_runs(limit, prepare, size)
-    least, most = f"{size / (failed - 1):.0%}", f"{size / ran:.0%}"
-    return least if least == most else f"{least} to {most}"
+    """Returns what a size is of the largest that runs, in words."""
+    ran = size
+    for part in ABOVE:
+        larger = math.ceil(part * size)
+        if fewest_steps(limit, prepare, larger) < STEPS:
+            least, most = size / larger, size / ran
+            return f"{least:.0%} to {most:.0%}"
+        ran = larger
+    return f"at most {size / ran:.0%}"
 
 
 def line(name, policy, limit, verbose):

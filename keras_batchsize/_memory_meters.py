@@ -103,7 +103,7 @@ class AllocatorMeter(Meter):
             # more; the first, of 2, 4 and 8 MB, are too small for large ones.
             # Judged by the sizes at which fresh processes began to fail: an
             # MLP, a CNN, a Transformer, two dtype policies.
-            self.reserve, self.holes, self.lost_bytes = 0.02, 2, 16 * 2**20
+            self.reserve, self.holes, self.lost_bytes = 0.02, 2, 12 * 2**20
 
     def limit(self):
         """Returns the smallest limit of the devices, and whose it is."""

@@ -35,12 +35,12 @@ _LARGEST_JUMP = 32
 # Where memory cannot be measured, only failures tell.
 _BLIND_JUMP = 4
 # Of what is there for batches it aims at so much: peaks of equal steps differ.
-_AIM = 0.965
+_AIM = 0.975
 # By so much (peak - constant)/size may rise over a jump of any length: rare
 # peaks apart it was less, and for those there is room.
 _RISE = 1.08
 # A size that takes so much of what is there for batches is large enough.
-_ENOUGH = 0.93
+_ENOUGH = 0.94
 # Steps that gain less are not worth a trial.
 _SMALLEST_GAIN = 1.05
 # Two sizes closer than this tell the noise of peaks, not their slope.
