@@ -10,9 +10,9 @@ process:
 - four train five steps at the size that was found, by plain `fit`; the worst
   of them counts;
 - four more do the same at 1.25 times the size, and at still larger ones until
-  one of them fails. What the answer is of the largest size that a fresh process
-  can run, by what is asked of the answer itself, is printed as a range: at least
-  so much of what failed, at most so much of what ran.
+  one of them fails. What the answer is of the largest size that a fresh
+  process can run, by what is asked of the answer itself, is printed as a
+  range: at least so much of what failed, at most so much of what ran.
 
     python benchmarks/memory_probe.py
     python benchmarks/memory_probe.py --models cnn --limits 400
