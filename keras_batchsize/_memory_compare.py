@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
-from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize._batch_profile_text import whole
 from keras_batchsize.batch_profile import BatchProfile
 
@@ -105,7 +104,7 @@ def _cells(result):
         f"{profile.max_batch_size:,}",
         profile.reason,
         whole(profile.best_examples_per_second),
-        megabytes(profile.bytes_per_example),
+        f"{profile.bytes_per_example / 1e6:.3g}",
         "agree" if result.agrees else "differ",
     )
 
