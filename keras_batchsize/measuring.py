@@ -10,8 +10,10 @@ import statistics
 
 from keras_batchsize import _checks
 
-# Share of the training time that measuring may take.
+# Share of the training time that measuring may take, and of that the part that
+# is planned with: a hiccup in the last measurement cannot be paid back.
 BUDGET = 0.02
+_PLANNED = 0.9
 
 # Parts that a superbatch is cut into to measure it. With n parts the spread of
 # the estimated squared norm is √(2n/(n - 1)) in units of φ/(examples·√r), r the
@@ -86,8 +88,8 @@ class MeasuringSchedule:
     """Says whether the gradient noise of the next superbatch is measured.
 
     With a number k, when k updates have passed since the last measurement.
-    With "auto", after a first few, when 2 % of the training time have paid for
-    the last one. One epoch's budget may be spent in advance, since the first
+    With "auto", after a first few, when the training time has paid for it: 2 %
+    of it, a tenth of which is kept for hiccups. One epoch's budget may be spent in advance, since the first
     estimates are worth most; it is paid back later, so that the share holds
     for the planned training as a whole.
 
@@ -125,8 +127,8 @@ class MeasuringSchedule:
             return updates >= self._updates + self.every
         if self._taken < _FIRST:
             return self._superbatches % _FIRST_EVERY == 1
-        credit = BUDGET * (self._elapsed + seconds_ahead) - self._spent
-        return credit >= max(self._costs)
+        planned = _PLANNED * BUDGET * (self._elapsed + seconds_ahead)
+        return planned - self._spent >= max(self._costs)
 
     def book(self, updates, seconds, cost):
         """Books a superbatch.

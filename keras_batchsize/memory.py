@@ -19,7 +19,6 @@ Separation of concerns:
 import keras
 import tensorflow as tf
 
-from keras_batchsize import keras_private
 from keras_batchsize import requirements
 from keras_batchsize._memory_cache import load
 from keras_batchsize._memory_cache import path_of
@@ -188,20 +187,7 @@ def check_probed(model):
         ValueError: If it is not compiled, or only takes one batch size.
     """
     requirements.check_model(model)
-    fixed = keras_private.fixed_batch_size(model)
-    if fixed is not None:
-        raise ValueError(
-            "The model must take any batch size: others are tried. Received: "
-            f"an input with batch_size={fixed}. Use keras.Input(shape) "
-            "without `batch_size`."
-        )
-    for layer in keras_private.flatten_layers(model):
-        if getattr(layer, "stateful", False):
-            raise ValueError(
-                "The model must not be stateful: its states are of one batch "
-                "size. Received: layer "
-                f"{layer.name!r} with stateful=True. Use stateful=False."
-            )
+    requirements.check_any_size(model)
 
 
 def probe(model, examples, limits, accumulates=True, meter=None):

@@ -58,14 +58,50 @@ def check_parts(model):
         _refuse_size(
             size, "cut into parts, to measure gradient noise or to accumulate"
         )
-    for layer in keras_private.flatten_layers(model):
-        if getattr(layer, "stateful", False):
-            raise ValueError(
-                "A stateful model must not be given parts of batches: its "
-                "states are of the examples of a whole one. Received: layer "
-                f"{layer.name!r} with stateful=True. Use stateful=False, or "
-                'policy="fixed" with max_batch_size=None.'
-            )
+    layer = _stateful_layer(model)
+    if layer is not None:
+        raise ValueError(
+            "A stateful model must not be given parts of batches: its states "
+            "are of the examples of a whole one. Received: layer "
+            f"{layer.name!r} with stateful=True. Use stateful=False, or "
+            'policy="fixed" with max_batch_size=None.'
+        )
+
+
+def check_any_size(model):
+    """Raises if a model cannot be run at any batch size.
+
+    Args:
+        model: A compiled Keras model.
+
+    Raises:
+        ValueError: If it was made for one batch size, or keeps states.
+    """
+    fixed = keras_private.fixed_batch_size(model)
+    if fixed is not None:
+        raise ValueError(
+            "The model must take any batch size: others are tried. Received: "
+            f"an input with batch_size={fixed}. Use keras.Input(shape) "
+            "without `batch_size`."
+        )
+    layer = _stateful_layer(model)
+    if layer is not None:
+        raise ValueError(
+            "The model must not be stateful: its states are of one batch "
+            f"size. Received: layer {layer.name!r} with stateful=True. Use "
+            "stateful=False."
+        )
+
+
+def _stateful_layer(model):
+    return next(
+        (
+            layer
+            for layer in keras_private.flatten_layers(model)
+            if getattr(layer, "stateful", False)
+        ),
+        None,
+    )
 
 
 def check_sizes(model, sizes):

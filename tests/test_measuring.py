@@ -54,7 +54,7 @@ def test_measuring_uses_the_share_it_has(cost):
     # One measurement more would not be paid for, if there is room for more.
     if not all(taken[20:]):
         paid = (sum(taken) - measuring._FIRST) * cost
-        assert paid > 0.02 * elapsed - cost
+        assert paid > 0.018 * elapsed - cost
 
 
 def test_the_budget_of_an_epoch_is_spent_in_advance():
@@ -63,6 +63,21 @@ def test_the_budget_of_an_epoch_is_spent_in_advance():
     schedule = MeasuringSchedule()
     taken = list(trained(schedule, 100, lambda index: 0.3, epoch=20))
     assert taken[12:15] == [True, True, False]
+
+
+def test_a_hiccup_in_the_last_measurement_stays_within_the_share():
+    # 18 measurements are planned, the last of which takes twice as long.
+    paid = []
+
+    def cost(index):
+        paid.append(1.0 if len(paid) < measuring._FIRST + 17 else 2.0)
+        return paid[-1]
+
+    superbatches = 985
+    list(trained(MeasuringSchedule(), superbatches, cost))
+    spent = sum(paid[measuring._FIRST :])
+    assert spent == 19.0
+    assert spent <= 0.02 * (superbatches + sum(paid))
 
 
 def test_costs_that_change_overdraw_by_one_measurement_at_most():
