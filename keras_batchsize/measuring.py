@@ -89,9 +89,9 @@ class MeasuringSchedule:
 
     With a number k, when k updates have passed since the last measurement.
     With "auto", after a first few, when the training time has paid for it: 2 %
-    of it, a tenth of which is kept for hiccups. One epoch's budget may be spent in advance, since the first
-    estimates are worth most; it is paid back later, so that the share holds
-    for the planned training as a whole.
+    of it, a tenth of which is kept for hiccups. One epoch's budget may be spent
+    in advance, since the first estimates are worth most; it is paid back later,
+    so that the share holds for the planned training as a whole.
 
     Args:
         every: Integer k >= 1, "auto", or None to measure nothing.
