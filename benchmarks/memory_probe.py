@@ -7,9 +7,9 @@ process:
 - the probe finds a batch size;
 - another process doubles the size from 2 until it runs out of memory, three
   steps and three of validation each, as Lightning's BatchSizeFinder does;
-- four train five steps at the size that was found, by plain `fit`; the worst
+- eight train five steps at the size that was found, by plain `fit`; the worst
   of them counts;
-- four more do the same at 1.25 times the size, and at still larger ones until
+- eight more do the same at 1.1 times the size, and at still larger ones until
   one of them fails. What the answer is of the largest size that a fresh
   process can run, by what is asked of the answer itself, is printed as a
   range: at least so much of what failed, at most so much of what ran.
@@ -40,9 +40,9 @@ import keras_batchsize as kb
 
 STEPS = 5
 # Fresh processes in which a size must run.
-PROCESSES = 4
+PROCESSES = 8
 # Larger sizes that are tried, as parts of the one that was found.
-ABOVE = (1.25, 1.4, 1.6, 1.8, 2.0)
+ABOVE = (1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
 # Examples in memory where policies are compared: more than the largest batch.
 COMPARED = {"mlp": 2**14, "cnn": 2**8, "transformer": 2**6}
 

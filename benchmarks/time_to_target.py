@@ -15,6 +15,7 @@ traced counts as long as the others of its size.
 """
 
 import argparse
+import gc
 import statistics
 import time
 
@@ -120,6 +121,9 @@ class Clock(keras.callbacks.Callback):
 def run(options, data, seed, method, size):
     """Trains once; returns (seconds, examples, updates, tracing seconds)."""
     train, test = data
+    # Collecting what the graphs of earlier models leave behind takes half a
+    # second and more, and would fall into the tracing of one method or another.
+    gc.collect()
     rate = options.learning_rate * size / BASE
     model = workloads.make(
         options.model, train[0].shape[1], seed, learning_rate=rate

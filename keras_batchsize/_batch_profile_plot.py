@@ -85,6 +85,11 @@ def _draw_memory(axes, profile, line):
         axes.axhline(limit / 1e6, color=GREY, label="limit")
         axes.axhspan(usable / 1e6, limit / 1e6, color=GREY, alpha=0.15,
                      linewidth=0, label="margin")
+        if profile.hole_per_example:
+            left = np.maximum(usable - profile.hole_per_example * line, 0.0)
+            axes.fill_between(line, left / 1e6, usable / 1e6, color=ORANGE,
+                              alpha=0.15, linewidth=0,
+                              label="kept for fragments")
     failed = [row for row in profile.rows if row.step_seconds is None]
     if failed:
         # A failure has no peak of its own: it is shown at the limit.

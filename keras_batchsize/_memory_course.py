@@ -54,9 +54,7 @@ class Course:
             data = examples.data_bytes if meter.holds_data else 0
             self._hard += (self._limit - data - self._usable) / 4.0
         count = replicas.count(model)
-        # What fragmentation may take, in bytes per example: holes that are
-        # not quite as large as the largest tensor.
-        self._hole = meter.holes * workload.largest_tensor / count
+        self._hole = meter.hole(workload.forward) / count
         self._bounds = self._make_bounds(count)
 
     def _budget(self):

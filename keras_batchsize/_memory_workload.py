@@ -17,6 +17,7 @@ from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize import slicing
+from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize.train_function import team_of
 
@@ -27,8 +28,6 @@ from keras_batchsize.train_function import team_of
 BATCHES_HELD = 4
 _SHORT_SECONDS = 0.05
 _SMALL_BYTES = 2**23
-# A batch size that hardly divides the number of elements of anything else.
-_PRIME = 61
 # Timed calls at one size, after the first; one where a call is long.
 CALLS = 3
 _LONG_SECONDS = 0.15
@@ -49,14 +48,11 @@ class Workload:
         accumulates: Whether training may sum the gradients of micro-batches.
 
     Attributes:
-        largest_tensor: Bytes per example of the largest tensor of the forward
-            pass; 0 if that cannot be told.
-        growth: Bytes by which an example can raise the peak at most, None if
-            that cannot be told.
+        forward: The `Forward` of the model; None if it cannot be traced.
     """
 
     def __init__(self, model, examples, meter, accumulates):
-        self.largest_tensor, self.growth = 0.0, None
+        self.forward = None
         self._accumulates = accumulates
         self._replicated = False
         self._replicas = model.distribute_strategy.num_replicas_in_sync
@@ -89,8 +85,8 @@ class Workload:
         self._graphs = team.make_graphs(model, 1, self._accumulates)
         self._graphs.build(self._examples.one)
         if not model.run_eagerly:
-            self.largest_tensor, self.growth = forward_bytes(
-                model, self._examples, training=not self._replicated
+            self.forward = forward_of(
+                model, self._examples.one, training=not self._replicated
             )
         if not model.optimizer.built:
             # An eager step makes them when it runs.
@@ -138,6 +134,18 @@ class Workload:
             reduce_retracing=not self.compiles,
             autograph=False,
         )
+
+    @property
+    def growth(self):
+        """Bytes by which an example can raise the peak at most, or None.
+
+        All tensors of a forward pass together, with the largest twice more for
+        the way back, and the batches that wait are more than that.
+        """
+        if self.forward is None or self.forward.total is None:
+            return None
+        waiting = (BATCHES_HELD + 1) * self._examples.bytes_each
+        return self.forward.total + 2.0 * self.forward.largest + waiting
 
     @property
     def compiles(self):
@@ -349,52 +357,3 @@ def build_layers(model, example):
         return
     spec = keras.tree.map_structure(slicing.batch_spec, x)
     tf.function(call, autograph=False).get_concrete_function(spec)
-
-
-def _of_prime_size(leaf):
-    """The type of a batch of 61 examples, without any data."""
-    spec = slicing.batch_spec(leaf)
-    if isinstance(spec, tf.TensorSpec):
-        return tf.TensorSpec([_PRIME] + spec.shape[1:], spec.dtype)
-    return spec
-
-
-# Where these hide what they compute, nothing can be added up.
-_HIDING = {"While", "StatelessWhile", "If", "StatelessIf", "Case", "XlaLaunch"}
-
-
-def forward_bytes(model, examples, training=True):
-    """Returns what the tensors of a forward pass take per example.
-
-    The largest one may, once freed, leave a hole that nothing else fits into:
-    what an allocator of one region loses to fragmentation is about that much.
-    All of them together, with the largest twice more for the way back and the
-    batches that wait, are more than an example can add to the peak.
-
-    Args:
-        model: A built Keras model.
-        examples: `Examples` to take shapes from.
-        training: Whether to look at training rather than inference.
-
-    Returns:
-        Pair of floats, bytes of the largest and of all; the latter is None
-        for models with loops or conditions.
-    """
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(examples.one)
-    x = keras.tree.map_structure(_of_prime_size, x)
-    call = functools.partial(model, training=training)
-    concrete = tf.function(call, autograph=False).get_concrete_function(x)
-    operations = concrete.graph.get_operations()
-    sizes = [
-        output.shape.num_elements() * output.dtype.size
-        for operation in operations
-        for output in operation.outputs
-        if (output.shape.num_elements() or 1) % _PRIME == 0
-    ]
-    largest, total = max(sizes, default=0) / _PRIME, sum(sizes) / _PRIME
-    hides = any(
-        one.type in _HIDING or "PartitionedCall" in one.type
-        for one in operations
-    )
-    waiting = (BATCHES_HELD + 1) * examples.bytes_each
-    return largest, None if hides else total + 2.0 * largest + waiting

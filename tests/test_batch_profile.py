@@ -132,6 +132,22 @@ def test_plot(tmp_path, rows):
     assert len(speed.lines[0].get_xdata()) == rows
 
 
+def test_plot_shows_what_is_kept_for_fragments():
+    found = profile(hole_per_example=2e5)
+    memory, _ = found.plot().axes
+    (kept,) = [
+        one
+        for one in memory.collections
+        if one.get_label() == "kept for fragments"
+    ]
+    corners = kept.get_paths()[0].vertices
+    largest = corners[:, 0].max()
+    at_largest = corners[corners[:, 0] == largest, 1] * 1e6
+    usable = found.usable_bytes
+    assert at_largest.max() == pytest.approx(usable)
+    assert at_largest.min() == pytest.approx(usable - 2e5 * largest)
+
+
 def test_plot_without_memory():
     found = profile(
         rows=[row(1, peak_bytes=None), row(4, peak_bytes=None)],

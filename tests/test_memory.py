@@ -17,6 +17,8 @@ from fake_memory import FakeMeter
 import keras_batchsize as kb
 from keras_batchsize import _memory_host
 from keras_batchsize import memory
+from keras_batchsize._memory_forward import forward_of
+from keras_batchsize._memory_meters import AllocatorMeter
 
 MB = 10**6
 
@@ -114,6 +116,31 @@ def test_fragmentation_takes_twice_the_largest_tensor():
     assert profile.hole_per_example == 2 * 500 * 4
     room = 10 * MB * 0.95 * 0.91
     assert 0.85 * room <= 5000 * profile.max_batch_size <= room
+
+
+def _forward(layers, training=True):
+    model = keras.Sequential(layers)
+    example = (tf.zeros([1, *model.input_shape[1:]]), tf.zeros([1, 1]))
+    return forward_of(model, example, training)
+
+
+def test_convolutions_leave_more_holes():
+    dense = _forward([keras.Input((8,)), keras.layers.Dense(100)])
+    convolution = _forward(
+        [keras.Input((10, 1)), keras.layers.Conv1D(100, 3, padding="same")]
+    )
+    assert (dense.largest, convolution.largest) == (400, 4000)
+    meter = AllocatorMeter(["CPU:0"])
+    assert meter.hole(dense) == 400
+    assert meter.hole(convolution) == 2 * 4000
+    assert meter.hole(None) == 0.0
+    # A GPU's allocator begins with one region.
+    assert AllocatorMeter(["GPU:0"]).hole(convolution) == 4000
+
+
+def test_what_a_loop_hides_may_be_a_convolution():
+    forward = _forward([keras.Input((5, 4)), keras.layers.LSTM(3)])
+    assert forward.convolves and forward.total is None
 
 
 @pytest.mark.parametrize(
