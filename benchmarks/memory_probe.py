@@ -12,7 +12,8 @@ process:
 - eight more do the same at 1.1 times the size, and at still larger ones until
   one of them fails. What the answer is of the largest size that a fresh
   process can run, by what is asked of the answer itself, is printed as a
-  range: at least so much of what failed, at most so much of what ran.
+  range: at least so much of what is just below the size that failed, at most
+  so much of what ran.
 
     python benchmarks/memory_probe.py
     python benchmarks/memory_probe.py --models cnn --limits 400
@@ -42,7 +43,7 @@ STEPS = 5
 # Fresh processes in which a size must run.
 PROCESSES = 8
 # Larger sizes that are tried, as parts of the one that was found.
-ABOVE = (1.1, 1.25, 1.4, 1.6, 1.8, 2.0)
+ABOVE = (1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 # Examples in memory where policies are compared: more than the largest batch.
 COMPARED = {"mlp": 2**14, "cnn": 2**8, "transformer": 2**6}
 
@@ -135,7 +136,8 @@ def share_of_largest(limit, prepare, size):
     for part in ABOVE:
         larger = math.ceil(part * size)
         if fewest_steps(limit, prepare, larger) < STEPS:
-            least, most = size / larger, size / ran
+            # The largest that runs is at least one example smaller.
+            least, most = size / (larger - 1), size / ran
             return f"{least:.0%} to {most:.0%}"
         ran = larger
     return f"at most {size / ran:.0%}"

@@ -30,7 +30,8 @@ class Meter:
         lost_bytes: Bytes of the limit that large tensors cannot use.
         holes: How many tensors as large as the largest may find no place in
             memory that is free, as it is so in pieces.
-        convolution_holes: How many more where a model has convolutions.
+        convolution_holes: How many more, on average, where a model has
+            convolutions.
         counts_first_call: Whether the peak of a first call tells of the
             step, and not of tracing or compiling.
         holds_data: Whether the whole data of `fit` lie on the device, too.
@@ -41,7 +42,7 @@ class Meter:
     reserve = 0.0
     lost_bytes = 0
     holes = 0
-    convolution_holes = 0
+    convolution_holes = 0.0
     counts_first_call = True
     holds_data = False
 
@@ -119,7 +120,7 @@ class AllocatorMeter(Meter):
             # sizes at which fresh processes began to fail: an MLP, a CNN, a
             # Transformer, two dtype policies.
             self.reserve, self.lost_bytes = 0.02, 12 * 2**20
-            self.convolution_holes = 1
+            self.convolution_holes = 0.5
 
     def limit(self):
         """Returns the smallest limit of the devices, and whose it is."""
