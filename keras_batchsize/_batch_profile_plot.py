@@ -81,15 +81,7 @@ def _draw_memory(axes, profile, line):
         axes.plot(line[fitted > 0], fitted[fitted > 0], color=BLUE,
                   linewidth=1, label="fit to the largest two")
     if profile.memory_limit is not None:
-        limit, usable = profile.memory_limit, profile.usable_bytes
-        axes.axhline(limit / 1e6, color=GREY, label="limit")
-        axes.axhspan(usable / 1e6, limit / 1e6, color=GREY, alpha=0.15,
-                     linewidth=0, label="margin")
-        if profile.hole_per_example:
-            left = np.maximum(usable - profile.hole_per_example * line, 0.0)
-            axes.fill_between(line, left / 1e6, usable / 1e6, color=ORANGE,
-                              alpha=0.15, linewidth=0,
-                              label="kept for fragments")
+        _draw_limit(axes, profile, line)
     failed = [row for row in profile.rows if row.step_seconds is None]
     if failed:
         # A failure has no peak of its own: it is shown at the limit.
@@ -104,6 +96,17 @@ def _draw_memory(axes, profile, line):
         )
     axes.set_ylim(bottom=0)
     axes.set_title("peak memory, MB", loc="left")
+
+
+def _draw_limit(axes, profile, line):
+    limit, usable = profile.memory_limit, profile.usable_bytes
+    axes.axhline(limit / 1e6, color=GREY, label="limit")
+    axes.axhspan(usable / 1e6, limit / 1e6, color=GREY, alpha=0.15,
+                 linewidth=0, label="margin")
+    if profile.hole_per_example:
+        left = np.maximum(usable - profile.hole_per_example * line, 0.0)
+        axes.fill_between(line, left / 1e6, usable / 1e6, color=ORANGE,
+                          alpha=0.15, linewidth=0, label="kept for fragments")
 
 
 def _largest(rows):
