@@ -25,12 +25,10 @@ class Forward:
             told. Once freed, it may leave a hole that nothing else fits into.
         total: Bytes per example of all together, None for models with loops
             or conditions.
-        convolves: Whether there are convolutions, or may be.
     """
 
     largest: float
     total: float | None
-    convolves: bool
 
 
 def forward_of(model, example, training=True):
@@ -55,12 +53,13 @@ def forward_of(model, example, training=True):
         for output in operation.outputs
         if (output.shape.num_elements() or 1) % _PRIME == 0
     ]
-    kinds = {operation.type for operation in operations}
-    hides = any(one in _HIDING or "PartitionedCall" in one for one in kinds)
+    hides = any(
+        one.type in _HIDING or "PartitionedCall" in one.type
+        for one in operations
+    )
     return Forward(
         largest=max(sizes, default=0) / _PRIME,
         total=None if hides else sum(sizes) / _PRIME,
-        convolves=hides or any("Conv" in one for one in kinds),
     )
 
 

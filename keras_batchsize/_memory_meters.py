@@ -29,9 +29,8 @@ class Meter:
         reserve: Share of what the margin leaves that stays free as well.
         lost_bytes: Bytes of the limit that large tensors cannot use.
         holes: How many tensors as large as the largest may find no place in
-            memory that is free, as it is so in pieces.
-        convolution_holes: How many more, on average, where a model has
-            convolutions.
+            memory that is free, as it is so in pieces; on average, hence a
+            float.
         counts_first_call: Whether the peak of a first call tells of the
             step, and not of tracing or compiling.
         holds_data: Whether the whole data of `fit` lie on the device, too.
@@ -42,7 +41,6 @@ class Meter:
     reserve = 0.0
     lost_bytes = 0
     holes = 0
-    convolution_holes = 0.0
     counts_first_call = True
     holds_data = False
 
@@ -56,10 +54,7 @@ class Meter:
         Args:
             forward: The `Forward` of the model, None if not known.
         """
-        if forward is None:
-            return 0.0
-        more = self.convolution_holes if forward.convolves else 0
-        return (self.holes + more) * forward.largest
+        return 0.0 if forward is None else self.holes * forward.largest
 
     def settle(self, most_bytes):
         """Brings the memory into a state in which peaks can be compared.
@@ -115,12 +110,9 @@ class AllocatorMeter(Meter):
             # A CPU's allocator grows by regions. The last two hold three
             # quarters of the memory, and each may lack a bit for one tensor
             # more; the first, of 2, 4 and 8 MB, are too small for large ones.
-            # Convolutions copy what they read and write into other layouts,
-            # two of them at a time as threads happen to run. Judged by the
-            # sizes at which fresh processes began to fail: an MLP, a CNN, a
-            # Transformer, two dtype policies.
-            self.reserve, self.lost_bytes = 0.02, 12 * 2**20
-            self.convolution_holes = 0.5
+            # Judged by the sizes at which fresh processes began to fail: an
+            # MLP, a CNN, a Transformer, two dtype policies.
+            self.reserve, self.holes, self.lost_bytes = 0.02, 1.5, 12 * 2**20
 
     def limit(self):
         """Returns the smallest limit of the devices, and whose it is."""
