@@ -13,7 +13,7 @@ _SUPERBATCHES_PER_EPOCH = 16
 # ... but a superbatch so many batches, or the way through Python takes over.
 # There are at least so many per epoch, or reading them does not run beside
 # training on them.
-_BATCHES_PER_SUPERBATCH = 16
+_BATCHES_PER_SUPERBATCH = 64
 _FEWEST_PER_EPOCH = 8
 # Small data are handed over in fewer pieces, down to this size.
 _SMALLEST_SUPERBATCH = 256
