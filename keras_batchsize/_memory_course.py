@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import statistics
 import time
 
 from keras_batchsize import exhaustion
@@ -10,7 +11,6 @@ from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
-from keras_batchsize._memory_workload import DOUBTED
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
@@ -18,6 +18,34 @@ from keras_batchsize.size_search import Trial
 from keras_batchsize.workers import Workers
 
 OUT_OF_MEMORY = "out of memory"
+
+
+class Seen:
+    """The peaks at one batch size, in bytes.
+
+    Attributes:
+        usual: Mean of those of equal updates.
+        other: Largest of whatever else ran, 0 if nothing did.
+        most: Largest of all.
+    """
+
+    def __init__(self):
+        self._peaks = []
+        self.usual = self.other = self.most = 0.0
+
+    def add(self, peaks, other, rare):
+        """Takes note of more.
+
+        Args:
+            peaks: List of the peaks of equal updates.
+            other: Peak of whatever else ran, or None.
+            rare: Further peaks, which count in the largest only.
+        """
+        self.other = max(self.other, other or 0.0)
+        self.most = max(self.most, self.other, *peaks, *rare)
+        # The very first update still finds memory in large pieces.
+        self._peaks += peaks if self._peaks else peaks[1:] or peaks
+        self.usual = statistics.fmean(self._peaks)
 
 
 class Course:
@@ -39,8 +67,7 @@ class Course:
         self._limits = limits
         self._started = time.perf_counter()
         self._trials = []
-        self._peaks, self._most = {}, {}
-        self._predicted = {}
+        self._seen, self._most, self._predicted = {}, {}, {}
         strategy = replicas.strategy_of(model)
         self._workers = None if strategy is None else Workers(strategy)
         # Others may hold memory on the device, too.
@@ -186,40 +213,34 @@ class Course:
         if not peaks:
             return Trial(size, None, seconds, False, elapsed, constant)
         needed, added = self._needed(size, peaks, summed)
-        if self._usable is not None and needed > self._usable:
-            # Two high peaks in a row are no reason to reject a size.
-            again = self._or_none(lambda: workload.repeat(size, DOUBTED))
-            if again is None:
-                return Trial(size, failed=True, trial_seconds=elapsed)
-            needed, added = self._needed(size, again[0], summed)
         if summed is not None:
             # What accumulating adds are sums, whatever the size.
             constant += added
         return Trial(size, needed, seconds, False, elapsed, constant)
 
-    def _needed(self, size, peaks, other):
+    def _needed(self, size, peaks, other, rare=()):
         """Returns how many bytes must be there for a size.
 
         Equal updates differ, by the order in which their operations happen to
         run, and by pieces of memory that are larger than what they are used
-        for. What they need is the least that was seen, and the holes that
-        tensors may leave; or the largest peak, if that is more.
+        for. What they need is the mean of what was seen, and the room that
+        other orders and pieces may take; or the largest peak, if that is more.
 
         Args:
             size: Integer, examples per update.
             peaks: List of the peaks of equal updates.
-            other: Peak of whatever else ran at the size, or None.
+            other: Peak of whatever else runs at the size, or None.
+            rare: Peaks that need no more room than they took.
 
         Returns:
-            Pair of the bytes, and by how much `other` is above the least.
+            Pair of the bytes, and by how much `other` is above the mean.
         """
-        seen = self._peaks.setdefault(size, [])
-        seen += peaks
-        most = max(*seen, other or 0.0)
-        least, most, other = self._agreed(min(seen), most, other or 0.0)
-        added = max(other - least, 0.0)
-        self._most[size] = max(most, self._most.get(size, 0))
-        return max(least + added + self._hole * size, most), added
+        seen = self._seen.setdefault(size, Seen())
+        seen.add(peaks, other, rare)
+        usual, other, most = self._agreed(seen.usual, seen.other, seen.most)
+        self._most[size] = most
+        needed = max(usual, other) + self._hole * size
+        return max(needed, most), max(other - usual, 0.0)
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""
@@ -256,20 +277,20 @@ class Course:
             tail = int(self._examples.count) % size
 
         def run():
-            peaks, other, seconds = workload.finish_epoch(size, tail)
+            peaks, rare, other, seconds = workload.finish_epoch(size, tail)
             if peaks and workload.accumulates and workload.compiles:
-                other = max(other, workload.accumulate(size))
-            return peaks, other, seconds
+                other.append(workload.accumulate(size))
+            return peaks, rare, max(other, default=None), seconds
 
         ran = self._or_none(run)
         if ran is None:
             worse = dataclasses.replace(best, failed=True, step_seconds=None)
         else:
-            peaks, other, seconds = ran
+            peaks, rare, other, seconds = ran
             (seconds,) = self._agreed(seconds)
-            needed = best.peak_bytes
+            needed = None
             if peaks:
-                needed = max(needed, self._needed(size, peaks, other)[0])
+                needed, _ = self._needed(size, peaks, other, rare)
             worse = dataclasses.replace(
                 best,
                 peak_bytes=needed,

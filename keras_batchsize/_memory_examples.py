@@ -76,6 +76,19 @@ class Examples:
             self._batch,
         )
 
+    def repeated(self, size):
+        """Returns an endless dataset of batches.
+
+        Args:
+            size: Integer, examples in each.
+        """
+        numbers = tf.data.Dataset.from_tensors(0).repeat()
+        # Made parallel, it would make some ahead, beside those that the caller
+        # wants ahead.
+        options = tf.data.Options()
+        options.experimental_optimization.map_parallelization = False
+        return numbers.map(lambda _: self.batch(size)).with_options(options)
+
 
 def _repeated_sparse(batch, size, available):
     times = math.ceil(size / available)

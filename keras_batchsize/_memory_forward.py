@@ -22,12 +22,15 @@ class Forward:
 
     Attributes:
         largest: Bytes per example of the largest one; 0 if that cannot be
-            told. Once freed, it may leave a hole that nothing else fits into.
+            told.
+        typical: Bytes per example of the tensor that a byte belongs to, on
+            average: the mean size of tensors, weighted by their sizes.
         total: Bytes per example of all together, None for models with loops
             or conditions.
     """
 
     largest: float
+    typical: float
     total: float | None
 
 
@@ -59,8 +62,13 @@ def forward_of(model, example, training=True):
     )
     return Forward(
         largest=max(sizes, default=0) / _PRIME,
+        typical=_weighted_mean(sizes) / _PRIME,
         total=None if hides else sum(sizes) / _PRIME,
     )
+
+
+def _weighted_mean(sizes):
+    return sum(size * size for size in sizes) / max(sum(sizes), 1)
 
 
 def _of_prime_size(leaf):

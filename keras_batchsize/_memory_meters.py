@@ -28,9 +28,9 @@ class Meter:
         name: How, in a few words.
         reserve: Share of what the margin leaves that stays free as well.
         lost_bytes: Bytes of the limit that large tensors cannot use.
-        holes: How many tensors as large as the largest may find no place in
-            memory that is free, as it is so in pieces; on average, hence a
-            float.
+        holes: How many tensors of the typical size would fit into what is
+            lost at times: pieces are cut only if they are at least twice as
+            large as what they are used for.
         counts_first_call: Whether the peak of a first call tells of the
             step, and not of tracing or compiling.
         holds_data: Whether the whole data of `fit` lie on the device, too.
@@ -40,7 +40,7 @@ class Meter:
     name = ""
     reserve = 0.0
     lost_bytes = 0
-    holes = 0
+    holes = 0.0
     counts_first_call = True
     holds_data = False
 
@@ -54,7 +54,7 @@ class Meter:
         Args:
             forward: The `Forward` of the model, None if not known.
         """
-        return 0.0 if forward is None else self.holes * forward.largest
+        return 0.0 if forward is None else self.holes * forward.typical
 
     def settle(self, most_bytes):
         """Brings the memory into a state in which peaks can be compared.
@@ -97,9 +97,9 @@ class AllocatorMeter(Meter):
         devices: List of names such as "GPU:0".
     """
 
+    holes = 2.0
     # Untested on GPUs, which begin with one region.
     reserve = 0.09
-    holes = 1
 
     def __init__(self, devices):
         self._devices = devices
@@ -107,12 +107,11 @@ class AllocatorMeter(Meter):
         self.name = "allocator statistics"
         self.holds_data = devices[0].startswith("CPU")
         if self.holds_data:
-            # A CPU's allocator grows by regions. The last two hold three
-            # quarters of the memory, and each may lack a bit for one tensor
-            # more; the first, of 2, 4 and 8 MB, are too small for large ones.
-            # Judged by the sizes at which fresh processes began to fail: an
-            # MLP, a CNN, a Transformer, two dtype policies.
-            self.reserve, self.holes, self.lost_bytes = 0.02, 1.5, 12 * 2**20
+            # A CPU's allocator grows by regions. The first, of 2, 4 and 8 MB,
+            # are too small for large tensors. Judged by the sizes at which
+            # fresh processes began to fail: an MLP, a CNN, a Transformer, two
+            # dtype policies.
+            self.reserve, self.lost_bytes = 0.02, 16 * 2**20
 
     def limit(self):
         """Returns the smallest limit of the devices, and whose it is."""

@@ -5,6 +5,7 @@ and accumulates gradients; the model's own `test_step` validates.
 """
 
 import functools
+import itertools
 import math
 import time
 
@@ -21,11 +22,10 @@ from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize.train_function import team_of
 
-# Batches there are at once: one in use, two that `fit` has read ahead, and one
-# that is being put together. So many updates a call makes, too, where both they
-# and the batches are small: calling takes time of its own. Large ones lie in
-# memory one by one, as those of `fit`.
-BATCHES_HELD = 4
+# Batches there are at once: one in use, and two that a pipeline has read ahead.
+# So many updates a call makes, too, where both they and the batches are small:
+# calling takes time of its own. Large ones come from a pipeline, as in `fit`.
+BATCHES_HELD = 3
 _SHORT_SECONDS = 0.05
 _SMALL_BYTES = 2**23
 # Timed calls at one size, after the first; one where a call is long.
@@ -33,9 +33,7 @@ CALLS = 3
 _LONG_SECONDS = 0.15
 # Calls more at the size that is to be the answer: peaks of equal steps differ.
 # So many at least, and up to so many in so many seconds.
-AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 4, 15, 0.5
-# So many more where a size is about to be rejected.
-DOUBTED = 2
+AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 3, 15, 0.5
 
 
 class Workload:
@@ -177,27 +175,27 @@ class Workload:
         meter, peaks, seconds = self._meter, [], []
         meter.reset(self.resident_bytes)
         data = self._waiting(size)
-        first = self._timed(self._plain, data[0], size, 1)
+        first = self._timed(self._plain, next(data), size, 1)
         if meter.counts_first_call:
             self._note_peak(peaks)
         else:
-            meter.reset(self.resident_bytes)
             # What lies in memory already does not show in the rise.
+            data = None
+            meter.reset(self.resident_bytes)
             data = self._waiting(size)
         # Replicas wait for each other, and workers have clocks of their own:
         # all must make the same calls.
         long = first >= _LONG_SECONDS and not self._replicated
-        for call in range(1 if long else CALLS):
+        for _ in range(1 if long else CALLS):
             shortest = min(seconds, default=first)
             updates = 1
             if shortest < _SHORT_SECONDS and not (
                 self.compiles or self._replicated
             ):
                 # With XLA, another number would be another graph.
-                updates = BATCHES_HELD // len(data)
-            batch = data[call % len(data)]
+                updates = self._updates_at_once(size)
             seconds.append(
-                self._timed(self._plain, batch, size, updates) / updates
+                self._timed(self._plain, next(data), size, updates) / updates
             )
             self._note_peak(peaks)
         return peaks, min(seconds)
@@ -210,12 +208,22 @@ class Workload:
         if self._meter.counts_first_call:
             self._meter.reset(self.resident_bytes)
 
+    def _updates_at_once(self, size):
+        """How many updates a batch holds that `_waiting` returns."""
+        together = BATCHES_HELD * size * self._examples.bytes_each
+        return BATCHES_HELD if together <= _SMALL_BYTES else 1
+
     def _waiting(self, size):
-        """Returns the batches that there are at once, as a list of data."""
-        together = BATCHES_HELD * size
-        if together * self._examples.bytes_each <= _SMALL_BYTES:
-            return [self._batch(together)]
-        return [self._batch(size) for _ in range(BATCHES_HELD)]
+        """Returns an iterator of batches, which lie in memory as in `fit`."""
+        updates = self._updates_at_once(size)
+        if updates > 1:
+            return itertools.repeat(self._batch(updates * size))
+        dataset = self._examples.repeated(size).prefetch(BATCHES_HELD - 1)
+        if self._replicated:
+            dataset = replicas.dealt_out(
+                dataset, self._model.distribute_strategy
+            )
+        return iter(dataset)
 
     def _timed(self, function, *args):
         started = time.perf_counter()
@@ -275,27 +283,24 @@ class Workload:
         del held
         return self._meter.peak()
 
-    def repeat(self, size, calls, data=None):
+    def _repeat(self, size, calls, data):
         """Makes single updates, more where they are short.
 
         Args:
             size: Integer, examples per update.
             calls: Integer, how many updates at least.
-            data: What `_waiting` returns for the size, None to make it.
+            data: What `_waiting` returns for the size.
 
         Returns:
             Pair of the peaks of the updates in bytes, as a list, and the
             seconds of one.
         """
-        if data is None:
-            self._meter.reset(self.resident_bytes)
-            data = self._waiting(size)
         peaks, seconds = [], []
         for call in range(calls if self._replicated else _AGAIN_SHORT):
             if call >= calls and sum(seconds) >= _AGAIN_SECONDS:
                 break
             seconds.append(
-                self._timed(self._plain, data[call % len(data)], size, 1)
+                self._timed(self._plain, next(data), size, 1)
             )
             self._note_peak(peaks)
         return peaks, min(seconds)
@@ -308,18 +313,23 @@ class Workload:
             tail: Integer, examples in the last batch of an epoch, or 0.
 
         Returns:
-            Tuple of the peaks of the first calls in bytes, as a list, that of
-            the rest, None if it cannot be told, and the seconds of a call.
+            Tuple of the peaks of the calls in bytes, as a list, that of the
+            ragged batch and that of validation, each as a list of one or
+            none, and the seconds of a call.
         """
         self._meter.reset(self.resident_bytes)
-        data = self._waiting(size)
-        peaks, seconds = self.repeat(size, AGAIN, data)
+        data, of_tail, of_validation = self._waiting(size), [], []
         if tail:
-            self._plain(data[0], tail, 1)
+            self._plain(next(data), tail, 1)
+            self._note_peak(of_tail)
         held = self._held()
         _wait_for(self._validate(self._batch(size)))
         del held
-        return peaks, self._meter.peak(), seconds
+        self._note_peak(of_validation)
+        # What ran in between leaves memory in other pieces, as it does in an
+        # epoch after the first.
+        peaks, seconds = self._repeat(size, AGAIN, data)
+        return peaks, of_tail, of_validation, seconds
 
     def _batch(self, examples):
         """Returns a batch, dealt out to the replicas if there are several."""

@@ -6,9 +6,8 @@ failed, is made up.
 
 import tensorflow as tf
 
-from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_meters import Meter
-from keras_batchsize._memory_workload import BATCHES_HELD
+from keras_batchsize._memory_workload import Workload
 
 
 class FakeMeter(Meter):
@@ -58,14 +57,9 @@ class FakeMeter(Meter):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM (fake)")
 
 
-class FakeExamples(Examples):
-    """Examples that tell a `FakeMeter` for which size they are made."""
+class FakeWorkload(Workload):
+    """Tells a `FakeMeter` for which size it makes batches."""
 
-    def __init__(self, meter, batch, count):
-        super().__init__(batch, count)
-        self._meter = meter
-
-    def batch(self, size):
-        made = super().batch(size)
-        self._meter.allocate(size // BATCHES_HELD)
-        return made
+    def _waiting(self, size):
+        self._meter.allocate(size)
+        return super()._waiting(size)
