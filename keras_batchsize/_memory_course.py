@@ -18,13 +18,15 @@ from keras_batchsize.size_search import Trial
 from keras_batchsize.workers import Workers
 
 OUT_OF_MEMORY = "out of memory"
+# The mean of so few peaks may be too low, and the next size then too large.
+_FEW = 3
 
 
 class Seen:
     """The peaks at one batch size, in bytes.
 
     Attributes:
-        usual: Mean of those of equal updates.
+        usual: Mean of those of equal updates; of few, the largest.
         other: Largest of whatever else ran, 0 if nothing did.
         most: Largest of all.
     """
@@ -43,9 +45,11 @@ class Seen:
         """
         self.other = max(self.other, other or 0.0)
         self.most = max(self.most, self.other, *peaks, *rare)
-        # The very first update still finds memory in large pieces.
-        self._peaks += peaks if self._peaks else peaks[1:] or peaks
-        self.usual = statistics.fmean(self._peaks)
+        self._peaks += peaks
+        self.usual = max(self._peaks)
+        if len(self._peaks) > _FEW:
+            # The very first update still finds memory in large pieces.
+            self.usual = statistics.fmean(self._peaks[1:])
 
 
 class Course:
@@ -216,7 +220,10 @@ class Course:
         if summed is not None:
             # What accumulating adds are sums, whatever the size.
             constant += added
-        return Trial(size, needed, seconds, False, elapsed, constant)
+        trial = Trial(size, needed, seconds, False, elapsed, constant)
+        if not size_search.is_near(trial, self._usable):
+            return trial
+        return self._run_more(trial, lambda: workload.repeat(size))
 
     def _needed(self, size, peaks, other, rare=()):
         """Returns how many bytes must be there for a size.
@@ -280,24 +287,30 @@ class Course:
             peaks, rare, other, seconds = workload.finish_epoch(size, tail)
             if peaks and workload.accumulates and workload.compiles:
                 other.append(workload.accumulate(size))
-            return peaks, rare, max(other, default=None), seconds
+            return peaks, rare, other, seconds
 
+        after = self._run_more(best, run)
+        self._trials[self._trials.index(best)] = after
+        return size_search.fits(after, self._usable)
+
+    def _run_more(self, trial, run):
+        """Runs more at a size, and returns what its trial says then."""
+        began = time.perf_counter()
         ran = self._or_none(run)
         if ran is None:
-            worse = dataclasses.replace(best, failed=True, step_seconds=None)
-        else:
-            peaks, rare, other, seconds = ran
-            (seconds,) = self._agreed(seconds)
-            needed = None
-            if peaks:
-                needed, _ = self._needed(size, peaks, other, rare)
-            worse = dataclasses.replace(
-                best,
-                peak_bytes=needed,
-                step_seconds=min(seconds, best.step_seconds),
-            )
-        self._trials[self._trials.index(best)] = worse
-        return size_search.fits(worse, self._usable)
+            return dataclasses.replace(trial, failed=True, step_seconds=None)
+        peaks, rare, other, seconds = ran
+        seconds, elapsed = self._agreed(seconds, time.perf_counter() - began)
+        needed = None
+        if peaks:
+            other = max(other, default=None)
+            needed, _ = self._needed(trial.batch_size, peaks, other, rare)
+        return dataclasses.replace(
+            trial,
+            peak_bytes=needed,
+            step_seconds=min(seconds, trial.step_seconds),
+            trial_seconds=trial.trial_seconds + elapsed,
+        )
 
     def _profile(self, best, reason):
         trials = sorted(self._trials, key=lambda trial: trial.batch_size)

@@ -84,9 +84,11 @@ class Examples:
         """
         numbers = tf.data.Dataset.from_tensors(0).repeat()
         # Made parallel, it would make some ahead, beside those that the caller
-        # wants ahead.
+        # wants ahead. And without anything to tune: an iterator ends when its
+        # tuner wakes up next, after up to half a second.
         options = tf.data.Options()
         options.experimental_optimization.map_parallelization = False
+        options.autotune.enabled = False
         return numbers.map(lambda _: self.batch(size)).with_options(options)
 
 

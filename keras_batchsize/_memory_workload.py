@@ -31,9 +31,11 @@ _SMALL_BYTES = 2**23
 # Timed calls at one size, after the first; one where a call is long.
 CALLS = 3
 _LONG_SECONDS = 0.15
-# Calls more at the size that is to be the answer: peaks of equal steps differ.
-# So many at least, and up to so many in so many seconds.
-AGAIN, _AGAIN_SHORT, _AGAIN_SECONDS = 3, 15, 0.5
+# Calls more where a size is near to the margin: peaks of equal steps differ.
+AGAIN = 2
+# Calls after all else that happens at the size that is to be the answer: so
+# many at least, and up to so many in so many seconds.
+_AFTER, _AFTER_SHORT, _AFTER_SECONDS = 1, 15, 0.5
 
 
 class Workload:
@@ -283,22 +285,25 @@ class Workload:
         del held
         return self._meter.peak()
 
-    def _repeat(self, size, calls, data):
-        """Makes single updates, more where they are short.
+    def repeat(self, size):
+        """Makes a few updates more.
 
         Args:
             size: Integer, examples per update.
-            calls: Integer, how many updates at least.
-            data: What `_waiting` returns for the size.
 
         Returns:
-            Pair of the peaks of the updates in bytes, as a list, and the
-            seconds of one.
+            As `finish_epoch`, of which it does nothing else.
         """
+        self._meter.reset(self.resident_bytes)
+        peaks, seconds = self._repeat(size, self._waiting(size), AGAIN)
+        return peaks, [], [], seconds
+
+    def _repeat(self, size, data, calls, most=0, enough=0.0):
+        """Makes single updates: up to `most`, until all took `enough`."""
         peaks, seconds = [], []
-        for call in range(calls if self._replicated else _AGAIN_SHORT):
-            if call >= calls and sum(seconds) >= _AGAIN_SECONDS:
-                break
+        while len(seconds) < calls or (
+            len(seconds) < most and sum(seconds) < enough
+        ):
             seconds.append(
                 self._timed(self._plain, next(data), size, 1)
             )
@@ -328,7 +333,10 @@ class Workload:
         self._note_peak(of_validation)
         # What ran in between leaves memory in other pieces, as it does in an
         # epoch after the first.
-        peaks, seconds = self._repeat(size, AGAIN, data)
+        most = 0 if self._replicated else _AFTER_SHORT
+        peaks, seconds = self._repeat(
+            size, data, _AFTER, most, _AFTER_SECONDS
+        )
         return peaks, of_tail, of_validation, seconds
 
     def _batch(self, examples):

@@ -116,6 +116,17 @@ def fits(trial, usable_bytes):
     return trial.peak_bytes <= usable_bytes
 
 
+def is_near(trial, usable_bytes):
+    """Whether a trial is so near to the margin that noise may decide.
+
+    Args:
+        trial: A `Trial` that ran.
+        usable_bytes: Largest peak allowed, None if not known.
+    """
+    part = _part_taken(trial, usable_bytes)
+    return _ENOUGH <= part <= 2.0 - _ENOUGH
+
+
 def largest_that_fits(trials, usable_bytes):
     """Returns the `Trial` of the largest size that fits, or None.
 
@@ -155,7 +166,7 @@ def next_size(trials, bounds, seconds_left=math.inf):
         return _smaller(above, bounds, len(trials))
     if best.batch_size >= bounds.cap:
         return None, bounds.cap_reason
-    if _is_close(best, bounds.usable_bytes):
+    if _part_taken(best, bounds.usable_bytes) >= _ENOUGH:
         return None, bounds.memory_reason
     if len(trials) >= MOST_TRIALS:
         return None, TRIALS
@@ -174,11 +185,12 @@ def _smallest_that_does_not_fit(trials, usable_bytes):
     return min(bad, key=lambda t: t.batch_size, default=None)
 
 
-def _is_close(trial, usable_bytes):
+def _part_taken(trial, usable_bytes):
+    """What a trial took of what is there for batches, 0 if not known."""
     if usable_bytes is None or trial.peak_bytes is None:
-        return False
+        return 0.0
     constant = min(trial.constant_bytes, trial.peak_bytes)
-    return trial.peak_bytes >= constant + _ENOUGH * (usable_bytes - constant)
+    return (trial.peak_bytes - constant) / max(usable_bytes - constant, 1.0)
 
 
 def _smaller(above, bounds, count):

@@ -1,5 +1,6 @@
 """The probe: what it returns, what it leaves, and what it refuses."""
 
+import collections
 import itertools
 import random
 from unittest import mock
@@ -17,6 +18,7 @@ from fake_memory import FakeWorkload
 import keras_batchsize as kb
 from keras_batchsize import _memory_host
 from keras_batchsize import memory
+from keras_batchsize._memory_course import Seen
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_meters import AllocatorMeter
@@ -85,18 +87,19 @@ def test_rare_peaks_count(spike):
 
 
 class FirstPeakMeter(FakeMeter):
-    """The first peak at a size is higher or lower than those that follow."""
+    """The first peaks at a size are higher or lower than those that follow."""
 
     holes = 2.0
 
-    def __init__(self, part, **arguments):
+    def __init__(self, part, first=1, **arguments):
         super().__init__(**arguments)
         self._part = part
-        self._seen = set()
+        self._first = first
+        self._seen = collections.Counter()
 
     def peak(self):
-        first = self.size not in self._seen
-        self._seen.add(self.size)
+        self._seen[self.size] += 1
+        first = self._seen[self.size] <= self._first
         return super().peak() * (self._part if first else 1.0)
 
 
@@ -126,6 +129,35 @@ def test_room_for_holes_is_kept_above_the_usual_peak(part):
     profile = probe(meter, wide(), start=7500, maximum=7500)
     assert profile.max_batch_size < 7500
     assert not max(profile.rows, key=lambda row: row.batch_size).fits
+
+
+def test_a_size_near_the_margin_is_not_judged_by_its_first_peaks():
+    # All four of its trial let it seem to take 1.1 * 64 MB and 25 for holes,
+    # more than 95. Two peaks more are as usual: the mean is below 70.
+    meter = FirstPeakMeter(1.1, first=4, limit=100 * MB, slope=0.01 * MB)
+    profile = probe(meter, wide(), start=6400, maximum=6400)
+    assert profile.max_batch_size == 6400
+    assert meter.sizes == 3 * [6400]  # Its trial, more of it, an epoch's end.
+
+
+def test_a_size_far_from_the_margin_makes_no_more_updates():
+    meter = FirstPeakMeter(1.1, limit=100 * MB, slope=0.01 * MB)
+    probe(meter, wide(), start=3200, maximum=3200)
+    assert meter.sizes == 2 * [3200]
+
+
+@pytest.mark.parametrize("peaks", [[9.0, 7.0], [7.0, 9.0], [9.0, 7.0, 7.0]])
+def test_of_few_peaks_the_largest_counts(peaks):
+    seen = Seen()
+    seen.add(peaks, None, [])
+    assert seen.usual == seen.most == 9.0
+
+
+def test_of_more_peaks_the_mean_counts_without_the_first():
+    seen = Seen()
+    seen.add([9.0, 7.0], 3.0, [11.0])
+    seen.add([6.0, 5.0], 4.0, [])
+    assert (seen.usual, seen.other, seen.most) == (6.0, 4.0, 11.0)
 
 
 def test_fragmentation_takes_two_tensors_of_typical_size():

@@ -204,3 +204,14 @@ def test_what_tensors_take_together_shortens_the_way():
     assert len(fast) < len(slow)
     assert not any(trial.failed for trial in fast)
     assert best.batch_size >= 0.85 * truth(device)
+
+
+@pytest.mark.parametrize(
+    ("peak", "near"),
+    [(96.9, False), (97.1, True), (102.9, True), (103.1, False), (None, False)],
+)
+def test_near_the_margin_is_what_noise_may_decide(peak, near):
+    # 50 of the 100 are there for batches: 6 % of them to either side.
+    trial = Trial(8, peak_bytes=peak, constant_bytes=50.0)
+    assert size_search.is_near(trial, 100.0) == near
+    assert not size_search.is_near(trial, None)
