@@ -11,9 +11,12 @@ import statistics
 from keras_batchsize import _checks
 
 # Share of the training time that measuring may take, and of that the part that
-# is planned with: a hiccup in the last measurement cannot be paid back.
+# is planned with. A hiccup in the last measurement cannot be paid back: there
+# must be room for it to take so many times as long as is expected, too, which
+# matters where a training is too short for many measurements.
 BUDGET = 0.02
 _PLANNED = 0.9
+_HICCUP = 2.0
 
 # Parts that a superbatch is cut into to measure it. With n parts the spread of
 # the estimated squared norm is √(2n/(n - 1)) in units of φ/(examples·√r), r the
@@ -89,9 +92,10 @@ class MeasuringSchedule:
 
     With a number k, when k updates have passed since the last measurement.
     With "auto", after a first few, when the training time has paid for it: 2 %
-    of it, a tenth of which is kept for hiccups. One epoch's budget may be spent
-    in advance, since the first estimates are worth most; it is paid back later,
-    so that the share holds for the planned training as a whole.
+    of it, a tenth of which is kept for hiccups, and in a short training as much
+    as one measurement costs. One epoch's budget may be spent in advance, since
+    the first estimates are worth most; it is paid back later, so that the share
+    holds for the planned training as a whole.
 
     Args:
         every: Integer k >= 1, "auto", or None to measure nothing.
@@ -127,8 +131,11 @@ class MeasuringSchedule:
             return updates >= self._updates + self.every
         if self._taken < _FIRST:
             return self._superbatches % _FIRST_EVERY == 1
-        planned = _PLANNED * BUDGET * (self._elapsed + seconds_ahead)
-        return planned - self._spent >= max(self._costs)
+        budget = BUDGET * (self._elapsed + seconds_ahead)
+        dearest = max(self._costs)
+        if budget - self._spent < _HICCUP * dearest:
+            return False
+        return _PLANNED * budget - self._spent >= dearest
 
     def book(self, updates, seconds, cost):
         """Books a superbatch.

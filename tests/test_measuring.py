@@ -59,9 +59,10 @@ def test_measuring_uses_the_share_it_has(cost):
 
 def test_the_budget_of_an_epoch_is_spent_in_advance():
     # The early estimates are worth most. After the first few, in 14 seconds
-    # or so, 2 % pay for nothing yet; with 20 seconds ahead for two of 0.3.
+    # or so, 2 % pay for nothing yet; with 40 seconds ahead for two of 0.3,
+    # and for one of them to take twice as long.
     schedule = MeasuringSchedule()
-    taken = list(trained(schedule, 100, lambda index: 0.3, epoch=20))
+    taken = list(trained(schedule, 100, lambda index: 0.3, epoch=40))
     assert taken[12:15] == [True, True, False]
 
 
@@ -78,6 +79,21 @@ def test_a_hiccup_in_the_last_measurement_stays_within_the_share():
     spent = sum(paid[measuring._FIRST :])
     assert spent == 19.0
     assert spent <= 0.02 * (superbatches + sum(paid))
+
+
+@pytest.mark.parametrize("hiccup", [0, 1])
+def test_a_hiccup_in_a_short_training_stays_within_the_share(hiccup):
+    # 2 % of 45 seconds pay for two of 0.4, but for none that takes 0.8.
+    paid = []
+
+    def cost(index):
+        late = len(paid) == measuring._FIRST + hiccup
+        paid.append(0.8 if late else 0.4)
+        return paid[-1]
+
+    list(trained(MeasuringSchedule(), 45, cost, epoch=45))
+    spent = sum(paid[measuring._FIRST :])
+    assert 0.0 < spent <= 0.02 * (45 + sum(paid))
 
 
 def test_costs_that_change_overdraw_by_one_measurement_at_most():
