@@ -25,7 +25,7 @@ process:
 Seconds leave out importing and building. Run with nothing else on the machine,
 they are comparable; the rest of the table does not depend on that. Where no
 policy is named, float16, for which a CPU has no instructions, is measured with
-the MLP only. About 20 minutes in all on two cores.
+the MLP only. About an hour in all on two cores.
 """
 
 import argparse
