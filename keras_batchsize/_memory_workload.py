@@ -299,7 +299,7 @@ class Workload:
         return peaks, [], [], seconds
 
     def _repeat(self, size, data, calls, most=0, enough=0.0):
-        """Makes single updates: up to `most`, until all took `enough`."""
+        """Makes single updates: `calls`, or `most` within `enough` seconds."""
         peaks, seconds = [], []
         while len(seconds) < calls or (
             len(seconds) < most and sum(seconds) < enough

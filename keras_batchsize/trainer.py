@@ -76,7 +76,7 @@ class AdaptiveTrainer:
             accumulated.
         superbatch_size: Examples per Keras step, the base batch size times a
             power of two (and a multiple of the replicas). None for a
-            sixteenth of an epoch, at least 16 base batches.
+            sixteenth of an epoch, or up to an eighth for 64 base batches.
         measure_every: Measure one update in so many; "auto" for as often as
             2 % of the time pay for.
         tensorboard: Folder to write to for TensorBoard, or the
