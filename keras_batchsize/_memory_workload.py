@@ -32,7 +32,7 @@ _SMALL_BYTES = 2**23
 CALLS = 3
 _LONG_SECONDS = 0.15
 # Calls more where a size is near to the margin: peaks of equal steps differ.
-AGAIN = 2
+_AGAIN = 2
 # Calls after all else that happens at the size that is to be the answer: so
 # many at least, and up to so many in so many seconds.
 _AFTER, _AFTER_SHORT, _AFTER_SECONDS = 1, 15, 0.5
@@ -295,7 +295,7 @@ class Workload:
             As `finish_epoch`, of which it does nothing else.
         """
         self._meter.reset(self.resident_bytes)
-        peaks, seconds = self._repeat(size, self._waiting(size), AGAIN)
+        peaks, seconds = self._repeat(size, self._waiting(size), _AGAIN)
         return peaks, [], [], seconds
 
     def _repeat(self, size, data, calls, most=0, enough=0.0):
