@@ -1,4 +1,4 @@
-"""A device for tests whose memory is a formula of the batch size.
+"""A device for tests whose memory and time are formulas of the batch size.
 
 The training step runs for real; only what it took, and when it would have
 failed, is made up.
@@ -20,13 +20,20 @@ class FakeMeter(Meter):
         fails_at: Size from which a step runs out of memory; None for where
             the limit is.
         measures: Whether it tells peaks.
+        seconds: Seconds of an update, without its examples.
     """
 
     device = "FAKE:0"
     name = "a formula"
 
     def __init__(
-        self, limit, constant=0, slope=1, fails_at=None, measures=True
+        self,
+        limit,
+        constant=0,
+        slope=1,
+        fails_at=None,
+        measures=True,
+        seconds=0.001,
     ):
         self.size = 0
         self.sizes = []
@@ -35,6 +42,7 @@ class FakeMeter(Meter):
         self._slope = slope
         self._fails_at = fails_at
         self._measures = measures
+        self._seconds = seconds
 
     def limit(self):
         return self._limit, "memory"
@@ -47,6 +55,10 @@ class FakeMeter(Meter):
     def current(self):
         return 0
 
+    def step_seconds(self, size):
+        """Returns how many seconds an update takes."""
+        return self._seconds + 1e-6 * size
+
     def allocate(self, size):
         """Notes the size of a step, or fails as a device would."""
         self.size = size
@@ -58,7 +70,13 @@ class FakeMeter(Meter):
 
 
 class FakeWorkload(Workload):
-    """Tells a `FakeMeter` for which size it makes batches."""
+    """Tells a `FakeMeter` for which size it makes batches, and asks it how
+    long they took: how much a probe runs depends on that.
+    """
+
+    def _timed(self, function, data, size, updates):
+        super()._timed(function, data, size, updates)
+        return updates * self._meter.step_seconds(size)
 
     def _waiting(self, size):
         self._meter.allocate(size)

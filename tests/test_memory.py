@@ -131,10 +131,20 @@ def test_room_for_holes_is_kept_above_the_usual_peak(part):
     assert not max(profile.rows, key=lambda row: row.batch_size).fits
 
 
-def test_a_size_near_the_margin_is_not_judged_by_its_first_peaks():
-    # All four of its trial let it seem to take 1.1 * 64 MB and 25 for holes,
-    # more than 95. Two peaks more are as usual: the mean is below 70.
-    meter = FirstPeakMeter(1.1, first=4, limit=100 * MB, slope=0.01 * MB)
+@pytest.mark.parametrize(("seconds", "updates"), [(0.001, 4), (0.2, 2)])
+def test_a_size_near_the_margin_is_not_judged_by_its_first_peaks(
+    seconds, updates
+):
+    # All peaks of its trial, fewer where updates are long, let it seem to take
+    # 1.1 * 64 MB and 25 for holes, more than 95. Two peaks more are as usual:
+    # the mean is below 70.
+    meter = FirstPeakMeter(
+        1.1,
+        first=updates,
+        limit=100 * MB,
+        slope=0.01 * MB,
+        seconds=seconds,
+    )
     profile = probe(meter, wide(), start=6400, maximum=6400)
     assert profile.max_batch_size == 6400
     assert meter.sizes == 3 * [6400]  # Its trial, more of it, an epoch's end.
