@@ -1,4 +1,4 @@
-"""Whether a `tf.data.Dataset` holds batches: part of `superbatches.py`."""
+"""Of what a `tf.data.Dataset` consists: part of `superbatches.py`."""
 
 import keras
 import tensorflow as tf
@@ -35,6 +35,23 @@ def is_batched(dataset, model, batch_size):
     if not sizes or batch_size is None or batch_size in sizes:
         return True
     return keras_private.makes_batches(dataset)
+
+
+def shapes_vary(dataset):
+    """Whether batches may differ in more than their number of examples.
+
+    Args:
+        dataset: A `tf.data.Dataset` of batches.
+
+    Returns:
+        Bool. True also where shapes are all the same but nothing says so, as
+        after a `tf.py_function` without `set_shape`.
+    """
+    return any(
+        spec.shape.rank is None or None in spec.shape[1:].as_list()
+        for spec in keras.tree.flatten(dataset.element_spec)
+        if isinstance(spec, tf.TensorSpec)
+    )
 
 
 def _leaves_and_examples(element, model):

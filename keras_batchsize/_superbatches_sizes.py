@@ -21,7 +21,7 @@ _SMALLEST_SUPERBATCH = 256
 _BATCHES_OF_UNKNOWN = 64
 
 
-def superbatch_size(given, base, epoch, replicas):
+def superbatch_size(given, base, epoch, replicas, own=None):
     """Returns the examples in a superbatch.
 
     Args:
@@ -29,10 +29,15 @@ def superbatch_size(given, base, epoch, replicas):
         base: B₀, in examples.
         epoch: Examples in an epoch; infinite if that is not known.
         replicas: Number of replicas.
+        own: Examples in the batches of the data where these cannot be joined,
+            or None.
 
     Raises:
-        ValueError: If what is given is no size of the ladder.
+        ValueError: If what is given is no size of the ladder, or not that of
+            batches that cannot be joined.
     """
+    if own is not None:
+        return _own_size(own, given, base, replicas)
     if given is not None:
         return checked_superbatch_size(given, base, replicas)
     limit = base * _BATCHES_OF_UNKNOWN
@@ -43,6 +48,20 @@ def superbatch_size(given, base, epoch, replicas):
             min(_SMALLEST_SUPERBATCH, epoch),
         )
     return largest_on_ladder(base, limit, replicas)
+
+
+def _own_size(own, given, base, replicas):
+    fits = largest_on_ladder(base, own, replicas) == own
+    if given not in (None, own) or not fits:
+        raise ValueError(
+            "`batch_size` and `superbatch_size` must fit the batches of the "
+            "data where shapes vary from batch to batch: these cannot be "
+            f"joined, so each is a superbatch. Received: batches of {own} "
+            f"examples, batch_size={base}, superbatch_size={given}. Use "
+            f"batch_size={own} and superbatch_size=None, or give all batches "
+            "one shape, by `padded_shapes` or `set_shape`."
+        )
+    return own
 
 
 def of_epoch(size, epoch):

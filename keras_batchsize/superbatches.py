@@ -3,19 +3,16 @@
 Keras counts the steps of an epoch once, when `fit` starts, so a pipeline whose
 batch size varies loses data silently. What Keras sees here never varies: one
 step is one superbatch. Arrays are batched that way at once; whatever comes in
-batches of its own is cut anew by `Dataset.rebatch`.
+batches of its own is cut anew by `Dataset.rebatch`, where these can be joined:
+batches padded to lengths of their own are superbatches as they are.
 
 Keras's own adapters read the input, so that every kind they know works, with
 its shuffling, its weights and its errors. Another input kind is a matter of
-`_own_batch_size`, at most.
+`_superbatches_batched.py`, at most.
 """
 
 import functools
-import itertools
 import math
-import types
-from typing import Any
-from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -27,15 +24,15 @@ from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._superbatches_alike import facts_of
-from keras_batchsize._superbatches_datasets import is_batched
+from keras_batchsize._superbatches_batched import DEFAULT_BATCH_SIZE
+from keras_batchsize._superbatches_batched import Batched
+from keras_batchsize._superbatches_batched import batched
+from keras_batchsize._superbatches_batched import check_enough
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
-
-# Keras's default for arrays.
-_DEFAULT_BATCH_SIZE = 32
 
 # What Keras hands to a train function while it fits.
 ITERATORS = tf.data.Iterator, tf.distribute.DistributedIterator, RowIterator
@@ -225,24 +222,24 @@ def make_superbatches(
     batch_size = _checked_batch_size(batch_size)
     if isinstance(x, tf.distribute.DistributedDataset):
         return _dealt_out_already(model, x, batch_size, steps_per_epoch)
-    data = _batched(x, y, sample_weight, model, batch_size)
+    data = batched(x, y, sample_weight, model, batch_size)
     adapter_for = functools.partial(data_adapter_for, class_weight=class_weight)
     adapter, arrays, rows = None, None, None
     if not (is_arrays := data.batch_size is None):
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
     bounds = _bounds(data, adapter)
-    _check_enough(bounds, x)
+    check_enough(bounds, x)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
     size = _sizes.superbatch_size(
-        superbatch_size, base, epoch, replicas.count(model)
+        superbatch_size, base, epoch, replicas.count(model), data.as_it_is
     )
-    sizes = [size] if steps_per_epoch is None else _sizes.of_epoch(size, epoch)
+    sizes = _cut_to(data, size, epoch, steps_per_epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
-        own = base if shuffle == "batch" else sizes[0]
-        adapter = adapter_for(x, y, sample_weight, own, shuffle=shuffle)
+        size_read = base if shuffle == "batch" else sizes[0]
+        adapter = adapter_for(x, y, sample_weight, size_read, shuffle=shuffle)
         order = data.examples, sizes, shuffle, base
         arrays, rows = _arrays.at_hand(model, adapter, *order)
         if steps_per_epoch is None and shuffle != "batch":
@@ -253,11 +250,28 @@ def make_superbatches(
     return _sized(result, base, size, steps_per_epoch)
 
 
+def _cut_to(data, size, epoch, steps_per_epoch):
+    """Returns the sizes that batches are cut to, None for as they are."""
+    if data.varies:
+        return None
+    return [size] if steps_per_epoch is None else _sizes.of_epoch(size, epoch)
+
+
+def can_be_joined(model, x):
+    """Whether superbatches may be larger than the batches of the data.
+
+    Args:
+        model: The Keras model.
+        x: As in `Model.fit`, of a kind that can be read more than once.
+    """
+    return not batched(x, None, None, model, None).varies
+
+
 def _dealt_out_already(model, x, batch_size, steps_per_epoch):
     """Takes each element of a distributed dataset as a superbatch."""
     size = replicas.batch_size_of(model.distribute_strategy, x)
     adapter = data_adapter_for(x)
-    bounds = _bounds(_Batched(x, size, None), adapter)
+    bounds = _bounds(Batched(x, size), adapter)
     result = Superbatches(adapter, None, bounds)
     base = batch_size or size
     checked_superbatch_size(size, base, replicas.count(model))
@@ -269,73 +283,6 @@ def _sized(result, base, size, steps_per_epoch):
     if steps_per_epoch is not None:
         result.count_steps(math.ceil(steps_per_epoch * base / size))
     return result
-
-
-class _Batched(NamedTuple):
-    """What can be told about an input before Keras's adapter reads it.
-
-    Attributes:
-        x: The input, in batches or as arrays.
-        batch_size: Examples in its batches; None for arrays.
-        examples: Examples in one pass over it, if known exactly.
-        copies: What `replicas.copies_read` returns.
-    """
-
-    x: Any
-    batch_size: int | None
-    examples: int | None
-    copies: int | None = None
-
-
-def _batched(x, y, sample_weight, model, batch_size):
-    if isinstance(x, tf.data.Dataset):
-        data = _batched_dataset(x, model, batch_size)
-        return data._replace(copies=replicas.copies_read(model, data.x))
-    if isinstance(x, keras.utils.PyDataset):
-        return _of_first_batch(x, None if x.num_batches == 0 else x[0])
-    if isinstance(x, types.GeneratorType):
-        first = next(x, None)
-        return _of_first_batch(_chained(first, x), first)
-    if _arrays.is_arrays(x):
-        return _Batched(x, None, _arrays.count(x, y, sample_weight))
-    size = data_adapter_for(x).batch_size
-    if size is not None:
-        return _Batched(x, size, None)
-    return _of_first_batch(x, next(iter(x), None))
-
-
-def _of_first_batch(x, first):
-    size = 0 if first is None else _count(first)
-    if size == 0:
-        _check_enough((0, 0), x)
-    return _Batched(x, size, None)
-
-
-def _batched_dataset(x, model, batch_size):
-    if is_batched(x, model, batch_size):
-        size = keras_private.batch_size_of(x)
-        if size is not None and (
-            x.cardinality() > 1
-            or x.cardinality() == tf.data.INFINITE_CARDINALITY
-        ):
-            return _Batched(x, size, None)
-        return _of_first_batch(x, next(iter(x.take(1)), None))
-    size = batch_size or _DEFAULT_BATCH_SIZE
-    examples = int(x.cardinality())
-    if examples < 0:  # Infinite or not known, but perhaps too few.
-        examples = len(list(x.take(2)))
-        examples = None if examples == 2 else examples
-    return _Batched(x.batch(size), size, examples)
-
-
-def _chained(first, rest):
-    """A generator again, as Keras insists, that starts with `first`."""
-    yield from itertools.chain([first], rest)
-
-
-def _count(data):
-    leaf = next(leaf for leaf in keras.tree.flatten(data) if leaf is not None)
-    return int(leaf.shape[0])
 
 
 def _checked_batch_size(batch_size):
@@ -367,7 +314,7 @@ def _base_batch_size(batch_size, data, steps_per_epoch):
         return data.batch_size
     if steps_per_epoch is not None:
         return math.ceil(data.examples / steps_per_epoch)  # As Keras does.
-    return _DEFAULT_BATCH_SIZE
+    return DEFAULT_BATCH_SIZE
 
 
 def _bounds(data, adapter):
@@ -378,15 +325,6 @@ def _bounds(data, adapter):
     if batches is None:
         return None
     return max(batches - 1, 0) * size + min(batches, 1), batches * size
-
-
-def _check_enough(bounds, x):
-    if bounds is not None and bounds[1] < 2:
-        raise ValueError(
-            "The data must hold at least 2 examples: gradient noise is how "
-            f"examples differ. Received: x of type {type(x).__name__} with "
-            f"{bounds[1]} examples. Pass more data."
-        )
 
 
 def _examples_of_epoch(bounds, steps_per_epoch, base):

@@ -520,6 +520,93 @@ def test_training_equals_plain_fit(one):
     comparing.assert_same(ours, theirs)
 
 
+# Batches that are padded to lengths of their own.
+
+
+def of_sentences():
+    words = keras.Input((None,), dtype="int32")
+    vectors = layers.Embedding(20, 3, mask_zero=True)(words)
+    mean = layers.GlobalAveragePooling1D()(vectors)
+    return compiled(keras.Model(words, layers.Dense(1)(mean)))
+
+
+# Batches of three, four and five words in turn, and of shorter ones among them.
+SENTENCES = [
+    np.arange(1, 3 + i // BASE % 3 + i % 2, dtype="int32")
+    for i in range(EXAMPLES)
+]
+
+
+def padded(start, stop):
+    """Returns a batch of sentences, as long as the longest."""
+    longest = max(len(one) for one in SENTENCES[start:stop])
+    rows = [
+        np.pad(one, (0, longest - len(one))) for one in SENTENCES[start:stop]
+    ]
+    return np.array(rows), Y[start:stop]
+
+
+class PaddedBatches(Batches):
+    """Pads each batch to its longest sentence."""
+
+    def __getitem__(self, index):
+        return padded(index * BASE, min(index * BASE + BASE, EXAMPLES))
+
+
+def padded_dataset(size):
+    words = tf.data.Dataset.from_generator(
+        lambda: iter(SENTENCES), output_signature=tf.TensorSpec([None], "int32")
+    )
+    known = tf.data.experimental.assert_cardinality(EXAMPLES)
+    data = tf.data.Dataset.zip((words, tf.data.Dataset.from_tensor_slices(Y)))
+    return data.apply(known).padded_batch(size)
+
+
+PADDED = {
+    "dataset": lambda: stream(padded_dataset(BASE)),
+    "dataset-steps": lambda: stream(
+        padded_dataset(BASE).repeat(), steps_per_epoch=5
+    ),
+    "py-dataset": lambda: stream(PaddedBatches(X, Y)),
+    "py-dataset-two-workers": lambda: stream(PaddedBatches(X, Y, workers=2)),
+    "generator": lambda: stream(
+        (padded(8 * i % 64, 8 * i % 64 + 8) for i in range(100)),
+        steps_per_epoch=6,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_padded_batches_are_trained_on_as_they_are(kind):
+    ours = held(of_sentences, **{**PADDED[kind](), "superbatch_size": None})
+    theirs = plain(of_sentences, **{"batch_size": None, **PADDED[kind]()})
+    comparing.assert_same(ours, theirs)
+
+
+def test_padded_batches_are_summed_up_to_larger_ones():
+    ours = comparing.adaptive(
+        of_sentences,
+        policy=kb.policies.Fixed(32),
+        superbatch_size=None,
+        max_batch_size=32,
+        learning_rate_scaling="none",
+        batch_size=None,
+        **stream(padded_dataset(BASE)),
+    )
+    # Padding is masked: the same, whatever a batch is padded to.
+    theirs = plain(of_sentences, batch_size=None, **stream(padded_dataset(32)))
+    comparing.assert_close(ours, theirs, rtol=1e-5)
+
+
+def test_padded_batches_cannot_be_joined():
+    trainer = kb.AdaptiveTrainer(of_sentences(), verbose=0)
+    with pytest.raises(ValueError, match="(?s)cannot be joined.*batch_size=8 "):
+        trainer.fit(padded_dataset(BASE), batch_size=32)
+    trainer = kb.AdaptiveTrainer(of_sentences(), superbatch_size=64, verbose=0)
+    with pytest.raises(ValueError, match="(?s)Received.*superbatch_size=64"):
+        trainer.fit(padded_dataset(BASE))
+
+
 # Kinds that are cut in a way of their own.
 CUT_APART = (
     "class-weight",

@@ -1,0 +1,146 @@
+"""What can be told of an input before Keras's adapter reads it.
+
+Part of `superbatches.py`.
+"""
+
+import itertools
+import types
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_batchsize import _superbatches_arrays as _arrays
+from keras_batchsize import keras_private
+from keras_batchsize import replicas
+from keras_batchsize._superbatches_datasets import is_batched
+from keras_batchsize._superbatches_datasets import shapes_vary
+from keras_batchsize.keras_private import data_adapter_for
+
+# Keras's default for arrays.
+DEFAULT_BATCH_SIZE = 32
+
+
+class Batched(NamedTuple):
+    """What can be told.
+
+    Attributes:
+        x: The input, in batches or as arrays.
+        batch_size: Examples in its batches; None for arrays.
+        examples: Examples in one pass over it, if known exactly.
+        copies: What `replicas.copies_read` returns.
+        varies: Whether batches may differ in shape, not in their number of
+            examples alone, so that they cannot be joined.
+    """
+
+    x: Any
+    batch_size: int | None
+    examples: int | None = None
+    copies: int | None = None
+    varies: bool = False
+
+    @property
+    def as_it_is(self):
+        """Examples in a batch if it must stay as it is, else None."""
+        return self.batch_size if self.varies else None
+
+
+def batched(x, y, sample_weight, model, batch_size):
+    """Returns what can be told of the input of `fit`.
+
+    Args:
+        x: As in `Model.fit`.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+        model: The Keras model.
+        batch_size: Integer, as the user stated it, or None.
+
+    Returns:
+        A `Batched`.
+    """
+    if isinstance(x, tf.data.Dataset):
+        data = _of_dataset(x, model, batch_size)
+        return data._replace(copies=replicas.copies_read(model, data.x))
+    if isinstance(x, keras.utils.PyDataset):
+        return _of_py_dataset(x, model)
+    if isinstance(x, types.GeneratorType):
+        few = list(itertools.islice(x, 2))
+        return _of_few(_chained(few, x), few)
+    if _arrays.is_arrays(x):
+        return Batched(x, None, _arrays.count(x, y, sample_weight))
+    size, may_vary = data_adapter_for(x).batch_size, _may_vary(model)
+    if size is not None and not may_vary:
+        return Batched(x, size)
+    data = _of_few(x, list(itertools.islice(iter(x), 2 if may_vary else 1)))
+    return data if size is None else data._replace(batch_size=size)
+
+
+def _of_few(x, few):
+    """Tells what a few batches show."""
+    size = _count(few[0]) if few else 0
+    if size == 0:
+        check_enough((0, 0), x)
+    shapes = [[leaf.shape[1:] for leaf in _leaves(one)] for one in few]
+    return Batched(x, size, varies=any(one != shapes[0] for one in shapes))
+
+
+def _of_py_dataset(x, model):
+    number = x.num_batches
+    if number is None or number > 1:
+        number = 2 if _may_vary(model) else 1
+    return _of_few(x, [x[i] for i in range(number)])
+
+
+def _may_vary(model):
+    """Whether a model takes examples of more than one shape, by its inputs."""
+    inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])
+    return not inputs or any(None in one.shape[1:] for one in inputs)
+
+
+def _of_dataset(x, model, batch_size):
+    if is_batched(x, model, batch_size):
+        data = Batched(x, keras_private.batch_size_of(x))
+        if data.batch_size is None or (
+            x.cardinality() <= 1
+            and x.cardinality() != tf.data.INFINITE_CARDINALITY
+        ):
+            data = _of_few(x, list(x.take(1)))
+        return data._replace(varies=shapes_vary(x))
+    size = batch_size or DEFAULT_BATCH_SIZE
+    examples = int(x.cardinality())
+    if examples < 0:  # Infinite or not known, but perhaps too few.
+        examples = len(list(x.take(2)))
+        examples = None if examples == 2 else examples
+    return Batched(x.batch(size), size, examples)
+
+
+def _chained(few, rest):
+    """A generator again, as Keras insists, that starts with `few`."""
+    yield from itertools.chain(few, rest)
+
+
+def _leaves(data):
+    return [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
+
+
+def _count(data):
+    return int(_leaves(data)[0].shape[0])
+
+
+def check_enough(bounds, x):
+    """Raises if the data are too few to tell noise from signal.
+
+    Args:
+        bounds: Pair (at least, at most) of their number, or None.
+        x: As in `Model.fit`.
+
+    Raises:
+        ValueError: If there are fewer than two examples.
+    """
+    if bounds is not None and bounds[1] < 2:
+        raise ValueError(
+            "The data must hold at least 2 examples: gradient noise is how "
+            f"examples differ. Received: x of type {type(x).__name__} with "
+            f"{bounds[1]} examples. Pass more data."
+        )
