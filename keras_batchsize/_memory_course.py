@@ -20,6 +20,9 @@ from keras_batchsize.workers import Workers
 OUT_OF_MEMORY = "out of memory"
 # The mean of so few peaks may be too low, and the next size then too large.
 _FEW = 3
+# What fragmentation may take where the sizes of tensors are not known, as a
+# share of what the batch takes.
+_SHARE_OF_HOLES = 0.25
 
 
 class Seen:
@@ -78,14 +81,16 @@ class Course:
         (self._resident,) = self._agreed(
             max(float(workload.resident_bytes), float(meter.current() or 0))
         )
+        self._data = examples.data_bytes if meter.holds_data else 0
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
         if self._usable is not None:
             # A little into the margin: a size that overshoots is no failure.
-            data = examples.data_bytes if meter.holds_data else 0
-            self._hard += (self._limit - data - self._usable) / 4.0
+            self._hard += (self._limit - self._data - self._usable) / 4.0
         count = replicas.count(model)
-        self._hole = meter.hole(workload.forward) / count
+        self._hole = meter.hole(workload.forward)
+        if self._hole is not None:
+            self._hole /= count
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -103,12 +108,13 @@ class Course:
             return None, None, size_search.MEMORY
         usable = own * (1.0 - self._limits.safety_margin)
         usable = usable * (1.0 - meter.reserve) - meter.lost_bytes
-        data = self._examples.data_bytes if meter.holds_data else 0
-        return own, usable - data, reason
+        return own, usable - self._data, reason
 
     def _growth(self, count):
         growth = self._workload.growth
-        return None if growth is None else (growth + self._hole) / count
+        if growth is None or self._hole is None:
+            return None
+        return growth / count + self._hole
 
     def _make_bounds(self, count):
         cap, reason = self._limits.maximum, "maximum"
@@ -159,10 +165,19 @@ class Course:
         self._raise_does_not_fit(f"a batch of {least.batch_size} {peak}")
 
     def _raise_does_not_fit(self, what):
-        given = self._limits.memory_limit
+        given, room = self._limits.memory_limit, ""
+        if self._usable is not None:
+            room = (
+                f", of {megabytes(self._limit)} MB "
+                f"{megabytes(max(self._usable, 0))} MB may be used"
+            )
+            if self._data:
+                room += (
+                    f" ({megabytes(self._data)} MB are for the copy of the "
+                    "data that `fit` makes)"
+                )
         raise ValueError(
-            f"No batch size fits: {what}, of {megabytes(self._limit)} MB "
-            f"{megabytes(self._usable)} MB may be used. Received: "
+            f"No batch size fits: {what}{room}. Received: "
             f"memory_limit={given}, "
             f"safety_margin={self._limits.safety_margin}. Use a smaller "
             "model, an optimizer with fewer slots, shorter examples, a "
@@ -246,8 +261,14 @@ class Course:
         seen.add(peaks, other, rare)
         usual, other, most = self._agreed(seen.usual, seen.other, seen.most)
         self._most[size] = most
-        needed = max(usual, other) + self._hole * size
+        needed = max(usual, other) + self._holes(size, usual)
         return max(needed, most), max(other - usual, 0.0)
+
+    def _holes(self, size, usual):
+        """What fragmentation may take at a size, in bytes."""
+        if self._hole is not None:
+            return self._hole * size
+        return _SHARE_OF_HOLES * max(usual - self._resident, 0.0)
 
     def _or_none(self, run):
         """Calls a function and puts values back; None if it ran out."""
@@ -314,14 +335,18 @@ class Course:
 
     def _profile(self, best, reason):
         trials = sorted(self._trials, key=lambda trial: trial.batch_size)
+        size, hole = best.batch_size, self._hole
+        if hole is None:
+            seen = self._seen.get(size, Seen())
+            hole = self._holes(size, seen.usual) / size
         return BatchProfile(
             rows=[self._row(trial) for trial in trials],
-            max_batch_size=best.batch_size,
+            max_batch_size=size,
             reason=reason,
             memory_limit=None if self._limit is None else int(self._limit),
             usable_bytes=None if self._usable is None else int(self._usable),
             resident_bytes=int(self._resident),
-            hole_per_example=self._hole,
+            hole_per_example=hole,
             dtype_policy=dtype_policies_of(self._model),
             device=self._meter.device,
             measured_by=self._meter.name,

@@ -1,8 +1,10 @@
 """A few real examples of any Keras input, repeated to batches of any size.
 
 Real ones, because indices must lie within vocabularies and types must be
-right. Of examples that differ in length the longest are taken: they decide
-what a batch costs.
+right. Of those read, ragged ones that differ in length, the longest is taken:
+it decides what a batch costs. A longer one further on in the data costs more
+than was probed, and batches padded to lengths of their own are as wide as the
+first: keep a larger `safety_margin` for such data, or put the longest first.
 """
 
 import math
@@ -12,6 +14,7 @@ import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
+from keras_batchsize.superbatches import can_be_joined
 from keras_batchsize.superbatches import make_superbatches
 
 # Read so many. Memory does not depend on what is in them.
@@ -137,13 +140,12 @@ def read_examples(model, x, y=None, sample_weight=None):
     """
     _check_readable_twice(x)
     is_dataset = isinstance(x, tf.data.Dataset)
+    given = keras_private.in_order(x) if is_dataset else x
+    size = _POOL if can_be_joined(model, given) else None
     superbatches = make_superbatches(
-        model,
-        keras_private.in_order(x) if is_dataset else x,
-        y,
-        sample_weight,
-        batch_size=_POOL,
-        superbatch_size=_POOL,
+        *(model, given, y, sample_weight),
+        batch_size=size,
+        superbatch_size=size,
         shuffle=False,
     )
     # The replicas get their shares when a batch is made.

@@ -21,16 +21,16 @@ class Forward:
     """The tensors of a forward pass.
 
     Attributes:
-        largest: Bytes per example of the largest one; 0 if that cannot be
-            told.
+        largest: Bytes per example of the largest one that is known.
         typical: Bytes per example of the tensor that a byte belongs to, on
-            average: the mean size of tensors, weighted by their sizes.
-        total: Bytes per example of all together, None for models with loops
-            or conditions.
+            average: the mean size of tensors, weighted by their sizes. None
+            if sizes depend on the data, as with ragged examples.
+        total: Bytes per example of all together. None for such models, and
+            for models with loops or conditions.
     """
 
     largest: float
-    typical: float
+    typical: float | None
     total: float | None
 
 
@@ -50,21 +50,28 @@ def forward_of(model, example, training=True):
 
     concrete = tf.function(call, autograph=False).get_concrete_function(x)
     operations = concrete.graph.get_operations()
+    outputs = [one for each in operations for one in each.outputs]
     sizes = [
-        output.shape.num_elements() * output.dtype.size
-        for operation in operations
-        for output in operation.outputs
-        if (output.shape.num_elements() or 1) % _PRIME == 0
+        one.shape.num_elements() * one.dtype.size
+        for one in outputs
+        if (one.shape.num_elements() or 1) % _PRIME == 0
     ]
+    depends = any(_size_depends_on_data(one) for one in outputs)
     hides = any(
         one.type in _HIDING or "PartitionedCall" in one.type
         for one in operations
     )
     return Forward(
         largest=max(sizes, default=0) / _PRIME,
-        typical=_weighted_mean(sizes) / _PRIME,
-        total=None if hides else sum(sizes) / _PRIME,
+        typical=None if depends else _weighted_mean(sizes) / _PRIME,
+        total=None if hides or depends else sum(sizes) / _PRIME,
     )
+
+
+def _size_depends_on_data(tensor):
+    """Whether a tensor of numbers has a shape that no graph tells."""
+    is_number = tensor.dtype.is_floating or tensor.dtype.is_integer
+    return is_number and tensor.shape.num_elements() is None
 
 
 def _weighted_mean(sizes):

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import _memory_host
+from keras_batchsize import replicas
 
 MEMORY, HOST_MEMORY = "memory", "host memory"
 # Of the memory that the host has free a trial may take this share: there,
@@ -53,8 +54,15 @@ class Meter:
 
         Args:
             forward: The `Forward` of the model, None if not known.
+
+        Returns:
+            Float; None if the sizes of tensors are not known.
         """
-        return 0.0 if forward is None else self.holes * forward.typical
+        if not self.holes:
+            return 0.0
+        if forward is None or forward.typical is None:
+            return None
+        return self.holes * forward.typical
 
     def settle(self, most_bytes):
         """Brings the memory into a state in which peaks can be compared.
@@ -212,8 +220,9 @@ def devices_of(model):
     Args:
         model: A Keras model.
     """
-    strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > 1:
+    strategy = replicas.strategy_of(model)
+    if strategy is not None:
+        # Also with one replica: it need not be on the first device.
         names = strategy.extended.worker_devices
         specs = [tf.DeviceSpec.from_string(name) for name in names]
         return [f"{one.device_type}:{one.device_index}" for one in specs]

@@ -6,7 +6,16 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import _controller_state
+from keras_batchsize import memory
+from keras_batchsize import replicas
 from keras_batchsize import requirements
+from keras_batchsize.plan import largest_on_ladder
+
+# Without a limit a batch is at most this part of the data, so that an epoch
+# has updates enough to follow.
+_LARGEST_PART = 16
+# Where the length of the data is not known, at most so many base batches.
+_LARGEST_OF_UNKNOWN = 64
 
 
 class LastOptimizer:
@@ -43,8 +52,62 @@ class LastOptimizer:
         return _steps_of(model) - self._steps
 
 
+class KeptProfile:
+    """A profile, as long as the model is compiled as it was when probed."""
+
+    def __init__(self):
+        self._profile = None
+        self._compiled = ()
+
+    def keep(self, profile, model):
+        """Keeps a profile.
+
+        Args:
+            profile: A `BatchProfile`.
+            model: The Keras model that was probed.
+        """
+        self._profile, self._compiled = profile, _compiled(model)
+
+    def of(self, model):
+        """Returns the profile of a model, or None if there is none.
+
+        Args:
+            model: A compiled Keras model.
+        """
+        now = _compiled(model)
+        is_same = len(now) == len(self._compiled) and all(
+            one is other for one, other in zip(now, self._compiled)
+        )
+        return self._profile if is_same else None
+
+
+def _compiled(model):
+    """What `compile` sets, and what memory and time depend on."""
+    return (
+        *(model.optimizer, model.loss),
+        *(bool(model.jit_compile), bool(model.run_eagerly)),
+    )
+
+
 def _steps_of(model):
     return keras.ops.convert_to_numpy(model.optimizer.iterations).item()
+
+
+def largest_by_default(model, base, examples, profile):
+    """Returns the largest batch size where the user has set none.
+
+    Args:
+        model: A compiled Keras model.
+        base: Integer, the base batch size.
+        examples: Integer, those of an epoch; None if not known.
+        profile: The `BatchProfile` of the model, or None.
+    """
+    limit = base * _LARGEST_OF_UNKNOWN
+    if examples is not None:
+        limit = examples / _LARGEST_PART
+    if profile is not None and memory.on_accelerator():
+        limit = profile.max_batch_size
+    return largest_on_ladder(base, limit, replicas.count(model))
 
 
 def check_state(state):

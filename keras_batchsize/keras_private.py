@@ -20,11 +20,17 @@ from keras.src.utils import io_utils
 from tensorflow.python.eager import context
 from tensorflow.python.eager import context as eager_context
 
+from keras_batchsize import _keras_private_datasets
+
 print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
 DatasetAdapter = tf_dataset_adapter.TFDatasetAdapter
 data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
+batch_size_of = _keras_private_datasets.batch_size_of
+in_order = _keras_private_datasets.in_order
+makes_batches = _keras_private_datasets.makes_batches
+shuffle_seeds = _keras_private_datasets.shuffle_seeds
 
 
 def tensors_of(adapter):
@@ -46,100 +52,6 @@ def tensors_of(adapter):
         ),
         keras.tree.lists_to_tuples(arrays),
     )
-
-
-# Datasets of TensorFlow that make batches, and that pass them on as they are.
-_BATCHING = ("_BatchDataset", "_PaddedBatchDataset", "_ParallelBatchDataset")
-_SHUFFLING = ("_ShuffleDataset", "_ShuffleAndRepeatDataset")
-_PASSING_ON = (
-    "CacheDataset",
-    "_AssertCardinalityDataset",
-    "_OptionsDataset",
-    "_PrefetchDataset",
-    "_RepeatDataset",
-    "_ShuffleDataset",
-    "_SkipDataset",
-    "_TakeDataset",
-)
-
-
-def batch_size_of(dataset):
-    """Returns the batch size of a `tf.data.Dataset` without reading from it.
-
-    Whoever reads a batch takes the order of the first epoch away from a
-    dataset that shuffles anew each time (private names of TensorFlow).
-
-    Args:
-        dataset: A dataset of batches.
-
-    Returns:
-        Integer, or None where only reading would tell.
-    """
-    size = keras.tree.flatten(dataset.element_spec)[0].shape[0]
-    while type(dataset).__name__ in _PASSING_ON:
-        dataset = dataset._input_dataset
-    if type(dataset).__name__ in _BATCHING:
-        size = int(dataset._batch_size)
-    return size
-
-
-def makes_batches(dataset):
-    """Whether batches are made somewhere in a `tf.data.Dataset`.
-
-    Args:
-        dataset: A dataset.
-
-    Returns:
-        Bool; False if the batches have been taken apart again.
-    """
-    kind = type(dataset).__name__
-    if kind == "_UnbatchDataset":
-        return False
-    inputs = dataset._inputs()
-    return kind in _BATCHING or any(makes_batches(one) for one in inputs)
-
-
-def shuffle_seeds(dataset):
-    """Returns the seeds by which a `tf.data.Dataset` shuffles.
-
-    Args:
-        dataset: A dataset.
-
-    Returns:
-        List of pairs of integers, one per shuffle; zeros where it has no seed
-        and none was set for TensorFlow either, so that each process draws its
-        own.
-    """
-    seeds = []
-    if type(dataset).__name__ in _SHUFFLING:
-        seeds.append((int(dataset._seed), int(dataset._seed2)))
-    for one in dataset._inputs():
-        seeds += shuffle_seeds(one)
-    return seeds
-
-
-def in_order(dataset):
-    """Returns a dataset of the same examples, without shuffling if possible.
-
-    Reading from one that shuffles anew each time takes the order of the first
-    epoch away from whoever trains on it.
-
-    Args:
-        dataset: A dataset of batches.
-
-    Returns:
-        A dataset of batches; the given one if it does not shuffle, or where
-        the shuffling lies below something that cannot be taken off.
-    """
-    below, batched = dataset, False
-    while type(below).__name__ in _PASSING_ON + _BATCHING:
-        kind, above = type(below).__name__, below
-        below = above._input_dataset
-        batched = batched or kind in _BATCHING
-        if kind == "_ShuffleDataset":
-            found = in_order(below)
-            return found.batch(batch_size_of(dataset)) if batched else found
-    return dataset
 
 
 _GLOBAL_SEEDS, _NAMES = "global_seed_generator", "object_name_uids"

@@ -15,11 +15,14 @@ Separation of concerns:
 - `batch_profile.py`: the result.
 """
 
+import math
 
 import keras
 import tensorflow as tf
 
+from keras_batchsize import exhaustion
 from keras_batchsize import requirements
+from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize._memory_cache import load
 from keras_batchsize._memory_cache import path_of
 from keras_batchsize._memory_compare import compared
@@ -30,6 +33,7 @@ from keras_batchsize._memory_limits import Limits
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
+from keras_batchsize._memory_snapshot import kept_random_states
 from keras_batchsize._memory_workload import Workload
 from keras_batchsize._memory_workload import build_layers
 
@@ -72,6 +76,10 @@ def find_max_batch_size(
     Args:
         model: A compiled Keras model.
         x: As in `Model.fit`; of any kind that can be read more than once.
+            The first examples are read, at most 64 or a batch; where they
+            differ in length, the longest of them should be the longest of
+            all. A pipeline keeps its order, unless it shuffles below a `zip`
+            or something else that cannot be made anew without.
         y: As in `Model.fit`.
         sample_weight: As in `Model.fit`.
         start: First size to try, in examples. Smaller ones are tried only if
@@ -101,7 +109,9 @@ def find_max_batch_size(
     """
     limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
     check_probed(model)
-    examples = read_examples(model, x, y, sample_weight)
+    _check_weights(model, limits)
+    with kept_random_states():
+        examples = read_examples(model, x, y, sample_weight)
     path = None
     if cache is not None:
         device = ", ".join(devices_of(model))
@@ -188,6 +198,21 @@ def check_probed(model):
     """
     requirements.check_model(model)
     requirements.check_any_size(model)
+
+
+def _check_weights(model, limits):
+    """Raises, before the model is touched, if its weights do not fit."""
+    needed = exhaustion.bytes_of(exhaustion.variables_of(model))
+    usable = (limits.memory_limit or math.inf) * (1.0 - limits.safety_margin)
+    if needed >= usable:
+        raise ValueError(
+            "`memory_limit` must leave room for a batch: weights, optimizer "
+            f"slots and metrics alone take {megabytes(needed)} MB, of which "
+            f"{megabytes(usable)} MB may be used. Received: "
+            f"memory_limit={limits.memory_limit}, "
+            f"safety_margin={limits.safety_margin}. Raise `memory_limit`, or "
+            "use a smaller model."
+        )
 
 
 def probe(model, examples, limits, accumulates=True, meter=None):

@@ -10,9 +10,11 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._trainer_model import KeptProfile
 from keras_batchsize._trainer_model import LastOptimizer
 from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import check_state
+from keras_batchsize._trainer_model import largest_by_default
 from keras_batchsize._trainer_model import warn_of_steps_per_execution
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
@@ -22,15 +24,8 @@ from keras_batchsize.callbacks import LearningRateScaling
 from keras_batchsize.controller import Controller
 from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
-from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.superbatches import make_superbatches
 from keras_batchsize.update_graphs import KeptSteps
-
-# Without a limit a batch is at most this part of the data, so that an epoch
-# has updates enough to follow.
-_LARGEST_PART = 16
-# Where the length of the data is not known, at most so many base batches.
-_LARGEST_OF_UNKNOWN = 64
 
 
 class _TrainerBatchSize(DynamicBatchSize):
@@ -123,7 +118,7 @@ class AdaptiveTrainer:
         self._report = None
         self._prepared = distributed.Preparation()
         self._state = None
-        self._profile = None
+        self._profile = KeptProfile()
         self._last_optimizer = LastOptimizer()
         self._kept_steps = KeptSteps()
 
@@ -141,10 +136,11 @@ class AdaptiveTrainer:
         Returns:
             A `BatchProfile`.
         """
-        self._profile = memory.find_max_batch_size(
+        profile = memory.find_max_batch_size(
             self.model, x, y, sample_weight, accumulates=True, **limits
         )
-        return self._profile
+        self._profile.keep(profile, self.model)
+        return profile
 
     def fit(
         self,
@@ -215,7 +211,8 @@ class AdaptiveTrainer:
     def _probe_first(self, x, y, sample_weight):
         """Looks for the largest size where that is the limit in force."""
         is_limit = self.max_batch_size is None and memory.on_accelerator()
-        if is_limit and self._profile is None and memory.can_be_read_twice(x):
+        known = self._profile.of(self.model) is not None
+        if is_limit and not known and memory.can_be_read_twice(x):
             self.probe(x, y, sample_weight)
 
     def _superbatches(self, data, validation_data, validation_split, **how):
@@ -307,8 +304,9 @@ class AdaptiveTrainer:
             controller.clock.steps += self._last_optimizer.steps_since(
                 self.model
             )
-        if self._profile is not None:
-            controller.expect(self._profile)
+        profile = self._profile.of(self.model)
+        if profile is not None:
+            controller.expect(profile)
         self._controller, self._state = controller, None
         return controller
 
@@ -323,13 +321,8 @@ class AdaptiveTrainer:
     def _ladder(self, base, examples):
         maximum, minimum = self.max_batch_size, self.min_batch_size
         if maximum is None:
-            limit = base * _LARGEST_OF_UNKNOWN
-            if examples is not None:
-                limit = examples / _LARGEST_PART
-            if self._profile is not None and memory.on_accelerator():
-                limit = self._profile.max_batch_size
-            maximum = largest_on_ladder(
-                base, limit, replicas.count(self.model)
+            maximum = largest_by_default(
+                self.model, base, examples, self._profile.of(self.model)
             )
         return Ladder(
             base,

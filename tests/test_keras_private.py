@@ -55,21 +55,29 @@ IMPORTED = {
 ATTRIBUTES = {
     "_auto_config": "fixed_batch_size",
     "_all_reduce_sum_gradients": "gradients_are_sums",
-    "_batch_size": "batch_size_of",
+    "_batch_size": "batch_size_of and in_order",
     "_call_has_training_arg": "predict_for_training",
     "_compile_config": "compiled",
     "_compile_loss": "output_loss_metrics",
     "_compute_loss": "compute_loss",
+    "_count": "in_order",
     "_distributed_dataset": "built_from_specs",
-    "_input_dataset": "batch_size_of",
+    "_drop_remainder": "in_order",
+    "_expected_cardinality": "in_order",
+    "_func": "in_order",
+    "_input_dataset": "batch_size_of and in_order",
     "_flatten_layers": "flatten_layers",
     "_inputs": "makes_batches and tensors_of",
     "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
+    "_map_func": "in_order",
     "_maybe_symbolic_build": "built_from_specs",
     "_momentums": "velocities",
+    "_padded_shapes": "in_order",
+    "_padding_values": "in_order",
+    "_predicate": "in_order",
     "_rng": "global_state",
     "_seed": "shuffle_seeds",
     "_seed2": "shuffle_seeds",
@@ -78,8 +86,11 @@ ATTRIBUTES = {
 }
 
 
+FILES = ("keras_private.py", "_keras_private_datasets.py")
+
+
 def user(name):
-    return f"{ATTRIBUTES[name]} in keras_private.py"
+    return f"{ATTRIBUTES[name]} in {' or '.join(FILES)}"
 
 
 def test_adapter_of_arrays_shows_what_its_dataset_would_hold():
@@ -108,8 +119,12 @@ def test_imported_name_is_there(path):
 
 
 def test_every_private_name_is_pinned():
-    file = ROOT / "keras_batchsize" / "keras_private.py"
-    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    files = [ROOT / "keras_batchsize" / name for name in FILES]
+    nodes = [
+        node
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    ]
     attributes = {
         node.attr
         for node in nodes
@@ -691,13 +706,85 @@ def test_names_and_global_seeds_are_global_attributes():
     assert value.shape == (2,)
 
 
-def test_shuffling_is_found_below_batches():
+def lengthened(x):
+    return tf.range(x % 3 + 1)
+
+
+SHUFFLED = {
+    "assert_cardinality": lambda data: data.apply(
+        tf.data.experimental.assert_cardinality(60)
+    ),
+    "batch": lambda data: data.batch(7, drop_remainder=True),
+    "batch, parallel": lambda data: data.batch(7, num_parallel_calls=2),
+    "cache": lambda data: data.cache(),
+    "filter": lambda data: data.filter(lambda x: x % 2 == 0),
+    "flat_map": lambda data: data.flat_map(
+        lambda x: tf.data.Dataset.from_tensors(x).repeat(2)
+    ),
+    "interleave": lambda data: data.interleave(
+        tf.data.Dataset.from_tensors, cycle_length=2
+    ),
+    "interleave, parallel": lambda data: data.interleave(
+        tf.data.Dataset.from_tensors, num_parallel_calls=2
+    ),
+    "map": lambda data: data.map(lambda x: x + 1),
+    "map, parallel": lambda data: data.map(
+        lambda x: x + 1, num_parallel_calls=2
+    ),
+    "options": lambda data: data.with_options(tf.data.Options()),
+    "padded_batch": lambda data: data.map(lengthened).padded_batch(
+        7, padding_values=tf.constant(-1, tf.int64)
+    ),
+    "prefetch": lambda data: data.prefetch(1),
+    "repeat": lambda data: data.repeat(2),
+    "skip": lambda data: data.skip(0),
+    "take": lambda data: data.take(60),
+}
+
+
+@pytest.mark.parametrize("kind", SHUFFLED)
+def test_shuffled_data_are_made_anew_in_order(kind):
     from keras_batchsize import keras_private
 
-    examples = tf.data.Dataset.range(6)
-    shuffled = examples.shuffle(6, seed=1).batch(2).prefetch(1)
-    mapped = examples.shuffle(6).map(lambda x: x).batch(2)
-    batches = [b.numpy().tolist() for b in keras_private.in_order(shuffled)]
-    assert batches == [[0, 1], [2, 3], [4, 5]]
-    assert keras_private.in_order(mapped) is mapped
-    assert keras_private.in_order(examples) is examples
+    numbers = tf.data.Dataset.range(60)
+    shuffled, alike = (
+        SHUFFLED[kind](numbers.shuffle(60, seed=1)) for _ in range(2)
+    )
+    anew = keras_private.in_order(shuffled)
+    message = changed(kind, "in_order in _keras_private_datasets.py")
+    assert anew.element_spec == shuffled.element_spec, message
+    assert anew.cardinality() == shuffled.cardinality(), message
+    read = [one.numpy().tolist() for one in anew]
+    expected = [one.numpy().tolist() for one in SHUFFLED[kind](numbers)]
+    # Interleaved, they may come in another order.
+    assert read == expected or sorted(read) == sorted(expected), message
+    # The order of the first epoch is still there.
+    for one, other in zip(shuffled, alike):
+        np.testing.assert_array_equal(one, other, err_msg=message)
+
+
+def test_a_shuffle_below_several_is_found():
+    from keras_batchsize import keras_private
+
+    numbers = tf.data.Dataset.range(60).shuffle(60)
+    made = numbers.take(10).map(lambda x: -x).batch(4).prefetch(1)
+    read = [b.numpy().tolist() for b in keras_private.in_order(made)]
+    assert read == [[0, -1, -2, -3], [-4, -5, -6, -7], [-8, -9]]
+
+
+def test_data_that_may_be_read_stay_as_they_are():
+    from keras_batchsize import keras_private
+
+    plain = tf.data.Dataset.range(6).map(lambda x: x).batch(2)
+    assert keras_private.in_order(plain) is plain
+    shuffled = tf.data.Dataset.range(6).shuffle(6)
+    zipped = tf.data.Dataset.zip((shuffled, shuffled)).batch(2)
+    assert keras_private.in_order(zipped) is zipped
+
+
+def test_a_file_of_a_cache_is_not_left_half_written(tmp_path):
+    from keras_batchsize import keras_private
+
+    cached = tf.data.Dataset.range(60).cache(str(tmp_path / "cache")).batch(2)
+    next(iter(keras_private.in_order(cached)))
+    assert not list(tmp_path.iterdir())

@@ -224,3 +224,20 @@ def test_no_graph_is_left_by_each_fit():
     for seed in range(3):
         fit(*regression(seed=seed))
     assert graphs_alive() == before
+
+
+@pytest.mark.parametrize("fits", [0, 1])
+def test_a_profile_is_that_of_the_model_as_it_was_compiled(fits):
+    x, y = regression(128)
+    model = regressor()
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+    trainer.probe(x, y, maximum=8)
+    for _ in range(fits):
+        trainer.fit(x, y, batch_size=16, verbose=0)
+        assert trainer.plan.micro_batch_size == 8
+    model.compile("adam", "mse")
+    trainer.fit(x, y, batch_size=16, verbose=0)
+    assert trainer.plan.micro_batch_size == 16
+    trainer.probe(x, y, maximum=8)
+    trainer.fit(x, y, batch_size=16, verbose=0)
+    assert trainer.plan.micro_batch_size == 8

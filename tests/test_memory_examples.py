@@ -1,0 +1,136 @@
+"""What a probe reads of the data, and data whose sizes no graph tells."""
+
+import random
+
+import comparing
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from comparing import compiled
+from comparing import dense
+from fake_memory import FakeMeter
+from fake_memory import FakeWorkload
+
+import keras_batchsize as kb
+from keras_batchsize import memory
+from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_forward import forward_of
+
+MB = 10**6
+
+
+def words():
+    """A model of sentences that differ in length."""
+    model = keras.Sequential(
+        [
+            keras.Input((None,), ragged=True, dtype="int32"),
+            keras.layers.Embedding(9, 3),
+            keras.layers.Lambda(lambda t: tf.reduce_mean(t, 1)),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+SENTENCES = tf.ragged.constant([[1, 2], [3]] * 20)
+
+
+def eager():
+    model = compiled(dense)()
+    model.run_eagerly = True
+    return model
+
+
+def single(x):
+    """A model of one number, on a pipeline of pairs of them."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model, tf.data.Dataset.from_tensor_slices((x, x))
+
+
+PIPELINES = {
+    "batch": lambda data: data.shuffle(64, seed=5).batch(8).prefetch(1),
+    "map": lambda data: data.shuffle(64, seed=5)
+    .map(lambda x, y: (-x, y), num_parallel_calls=2)
+    .batch(8),
+    "take": lambda data: data.shuffle(64, seed=5).take(64).batch(8),
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_shuffled_dataset_keeps_its_order(pipeline):
+    def order(dataset):
+        return [x.numpy().ravel().tolist() for x, _ in dataset]
+
+    model, data = single(tf.range(64, dtype=tf.float32)[:, None])
+    probed, alike = (PIPELINES[pipeline](data) for _ in range(2))
+    profile = kb.find_max_batch_size(model, probed, maximum=16)
+    assert profile.max_batch_size == 16
+    assert order(probed) == order(alike)
+
+
+def test_the_cap_is_what_the_pipeline_takes():
+    model, data = single(tf.range(64, dtype=tf.float32)[:, None])
+    taken = data.shuffle(64).take(24).batch(8)
+    profile = kb.find_max_batch_size(model, taken)
+    assert (profile.max_batch_size, profile.reason) == (24, "dataset")
+
+
+def test_reading_leaves_random_states():
+    class Random(keras.utils.PyDataset):
+        """Draws its examples."""
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            x = [[random.random(), np.random.random()] for _ in range(8)]
+            return np.array(x), np.zeros(8)
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    random.seed(1)
+    np.random.seed(1)
+    kb.find_max_batch_size(model, Random(), maximum=8)
+    drawn = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    assert drawn == (random.random(), np.random.random())
+
+
+def test_no_graph_tells_the_sizes_of_ragged_tensors():
+    model = words()
+    y = np.zeros(40)
+    forward = forward_of(model, read_examples(model, SENTENCES, y).one)
+    assert forward.typical is None and forward.total is None
+    fixed = forward_of(compiled(dense)(), comparing.regression(1))
+    assert fixed.typical > 0 and fixed.total > 0
+
+
+class Fragmenting(FakeMeter):
+    """Loses what two tensors of typical size take."""
+
+    holes = 2.0
+
+
+@pytest.mark.parametrize("kind", ["ragged", "eager"])
+def test_where_no_size_is_known_a_share_is_left_for_fragments(
+    kind, monkeypatch
+):
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    model, data = words(), (SENTENCES, np.zeros(40))
+    if kind == "eager":
+        model, data = eager(), comparing.regression(40)
+    examples = read_examples(model, *data)
+    examples.count = 10_000
+    meter = Fragmenting(limit=100 * MB, slope=0.02 * MB)
+    limits = memory.Limits(safety_margin=0.05)
+    profile = memory.probe(model, examples, limits, True, meter)
+    share = 0.25 * 0.02 * MB
+    assert profile.hole_per_example == pytest.approx(share, rel=0.01)
+    needed = (0.02 * MB + share) * profile.max_batch_size
+    assert 0.85 * 95 * MB <= needed <= 95 * MB
+    # No jump is larger than what was measured allows.
+    assert max(meter.sizes) * 0.02 * MB <= 95 * MB
