@@ -284,7 +284,7 @@ def allocator_limit(device):
 def _configured_limit(kind, index):
     """The limit that the user gave to a logical device."""
     position = index
-    for physical in tf.config.list_physical_devices(kind):
+    for physical in tf.config.get_visible_devices(kind):
         configured = tf.config.get_logical_device_configuration(physical)
         configured = configured or [None]
         if position < len(configured):

@@ -3,7 +3,8 @@
 Not only weights: statistics, seeds, metrics, slots, Keras's global seeds and
 name counters, and the random states of Python, NumPy and TensorFlow, from which
 Keras draws seeds. What cannot be put back is what lies outside: counters in a
-custom `train_step`, tables, the position of iterators.
+custom `train_step`, tables, the position of iterators, and TensorFlow's own
+random operations where they run eagerly (each seed has a kernel that counts).
 """
 
 import contextlib

@@ -4,14 +4,46 @@ The training step runs for real; only what it took, and when it would have
 failed, is made up.
 """
 
+from unittest import mock
+
+import comparing
+import keras
 import tensorflow as tf
 
+from keras_batchsize import memory
+from keras_batchsize import slicing
+from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_meters import Meter
 from keras_batchsize._memory_workload import Workload
+
+MB = 10**6
+
+make_dense = comparing.compiled(
+    comparing.dense, optimizer=keras.optimizers.Adam, metrics=["mae"]
+)
+
+
+def probe(
+    meter, model=None, count=10_000, data_bytes=0, accumulates=True, **limits
+):
+    """Probes a tiny model on a device of the fake."""
+    model = make_dense() if model is None else model
+    x, y = comparing.regression(16)
+    examples = Examples((tf.constant(x), tf.constant(y)), count, data_bytes)
+    with mock.patch.object(memory, "Workload", FakeWorkload):
+        return memory.probe(
+            model, examples, memory.Limits(**limits), accumulates, meter
+        )
 
 
 class FakeMeter(Meter):
     """Says that a step of B examples took `constant + slope·B` bytes.
+
+    Attributes:
+        size: Examples in the batches that wait.
+        sizes: List of the sizes of which batches were made.
+        ran: List of pairs, what was run and of how many examples: "update",
+            "tail", "validation", "sums" (an update of micro-batches).
 
     Args:
         limit: Bytes of the device, None for not known.
@@ -21,6 +53,8 @@ class FakeMeter(Meter):
             the limit is.
         measures: Whether it tells peaks.
         seconds: Seconds of an update, without its examples.
+        slopes: Dict from what is run to bytes per example, where they are not
+            those of an update.
     """
 
     device = "FAKE:0"
@@ -34,23 +68,27 @@ class FakeMeter(Meter):
         fails_at=None,
         measures=True,
         seconds=0.001,
+        slopes=(),
     ):
         self.size = 0
-        self.sizes = []
+        self.sizes, self.ran = [], []
         self._limit = limit
         self._constant = constant
         self._slope = slope
         self._fails_at = fails_at
         self._measures = measures
         self._seconds = seconds
+        self._slopes = dict(slopes)
+        self._peak = 0
 
     def limit(self):
         return self._limit, "memory"
 
+    def reset(self, resident_bytes):
+        self._peak = 0
+
     def peak(self):
-        if not self._measures:
-            return None
-        return self._constant + self._slope * self.size
+        return self._peak if self._measures else None
 
     def current(self):
         return 0
@@ -59,19 +97,24 @@ class FakeMeter(Meter):
         """Returns how many seconds an update takes."""
         return self._seconds + 1e-6 * size
 
-    def allocate(self, size):
-        """Notes the size of a step, or fails as a device would."""
+    def wait(self, size):
+        """Notes the size of the batches that are made."""
         self.size = size
         self.sizes.append(size)
+
+    def run(self, what, size):
+        """Takes what a step takes, or fails as a device would."""
+        self.ran.append((what, size))
+        peak = self._constant + self._slopes.get(what, self._slope) * size
         too_large = self._fails_at is not None and size >= self._fails_at
-        peak = self._constant + self._slope * size
         if too_large or (self._limit is not None and peak > self._limit):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM (fake)")
+        self._peak = max(self._peak, peak)
 
 
 class FakeWorkload(Workload):
-    """Tells a `FakeMeter` for which size it makes batches, and asks it how
-    long they took: how much a probe runs depends on that.
+    """Tells a `FakeMeter` what it runs, and asks it how long that took: how
+    much a probe runs depends on both.
     """
 
     def _timed(self, function, data, size, updates):
@@ -79,5 +122,26 @@ class FakeWorkload(Workload):
         return updates * self._meter.step_seconds(size)
 
     def _waiting(self, size):
-        self._meter.allocate(size)
+        self._meter.wait(size)
         return super()._waiting(size)
+
+    def _plain(self, data, size, updates):
+        what = "update" if size == self._meter.size else "tail"
+        super()._plain(data, size, updates)
+        self._meter.run(what, size)
+
+    def _summed(self, data, stop, size, micro):
+        logs = super()._summed(data, stop, size, micro)
+        if micro < size:
+            self._meter.run("sums", micro)
+        return logs
+
+    def _validation_step(self):
+        validate = super()._validation_step()
+
+        def validates(data):
+            logs = validate(data)
+            self._meter.run("validation", slicing.number_of_examples(data))
+            return logs
+
+        return validates

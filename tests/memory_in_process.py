@@ -21,6 +21,8 @@ from keras_batchsize._memory_workload import Workload
 FEATURES, WIDTH = 256, 512
 # 4 MB per 1000 examples and tensor: more than fits, by far.
 TOO_MANY = 40_000
+# Seconds that no probe takes: memory ends it, however slow the machine.
+PATIENT = 10_000.0
 
 
 def make(jit_compile=False):
@@ -58,14 +60,16 @@ def a_limit_is_kept():
     """The answer fits, a failure on the way is survived, nothing changes."""
     expected = losses(make())
     model = make()
-    profile = kb.find_max_batch_size(model, dataset(64))
+    profile = kb.find_max_batch_size(model, dataset(64), time_budget=PATIENT)
     assert profile.reason == "memory", profile
     assert profile.measured_by == "allocator statistics"
     assert profile.memory_limit == 150 * 2**20
     assert not any(row.note == "out of memory" for row in profile.rows)
     # From above: already the first batch runs out of memory. (Inside a product
     # of oneDNN TensorFlow would go on with a tensor that is not there.)
-    other = kb.find_max_batch_size(model, dataset(64), start=4 * TOO_MANY)
+    other = kb.find_max_batch_size(
+        model, dataset(64), start=4 * TOO_MANY, time_budget=PATIENT
+    )
     assert other.rows[-1].note == "out of memory", other
     assert losses(model) == expected
     model.fit(

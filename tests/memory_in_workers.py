@@ -38,7 +38,8 @@ def main():
 
     data = comparing.regression(EXAMPLES)
     model = comparing.seeded(make)
-    profile = kb.find_max_batch_size(model, *data)
+    # Memory is to end it, however slow the machine.
+    profile = kb.find_max_batch_size(model, *data, time_budget=10_000.0)
     trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
     history = trainer.fit(
         *data, batch_size=profile.max_batch_size, epochs=2, verbose=0

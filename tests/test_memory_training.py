@@ -1,6 +1,7 @@
 """The probe in training, and dtype policies side by side."""
 
 import copy
+import math
 
 import comparing
 import keras
@@ -9,10 +10,14 @@ import pytest
 import tensorflow as tf
 from comparing import compiled
 from comparing import dense
+from fake_memory import MB
+from fake_memory import FakeMeter
+from fake_memory import FakeWorkload
 
 import keras_batchsize as kb
 from keras_batchsize import _memory_compare
 from keras_batchsize import memory
+from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
@@ -96,22 +101,56 @@ def test_trainer_starts_from_its_probe():
     ]
 
 
-@pytest.mark.parametrize("on_accelerator", [True, False])
-def test_largest_size_is_probed_on_an_accelerator(monkeypatch, on_accelerator):
+@pytest.mark.parametrize(
+    ("on_accelerator", "fits", "largest"),
+    [
+        # The ladder is 8, 16, 32, ...; a sixteenth of the data is 32.
+        (True, 100, 64),
+        (True, 20, 16),
+        (False, 100, 32),
+    ],
+)
+def test_largest_size_is_probed_on_an_accelerator(
+    on_accelerator, fits, largest, monkeypatch
+):
     probed = []
 
     def find(model, *data, **arguments):
         probed.append(arguments)
-        return found(40)
+        return found(fits)
 
     monkeypatch.setattr(memory, "on_accelerator", lambda: on_accelerator)
     monkeypatch.setattr(memory, "find_max_batch_size", find)
     trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
-    trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
-    largest = trainer.report.settings["max_batch_size"]
-    # The ladder is 8, 16, 32; a sixteenth of the data is 32, too.
-    assert largest == 32
+    for _ in range(2):
+        trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
+        assert trainer.report.settings["max_batch_size"] == largest
+    # Once for all.
     assert len(probed) == on_accelerator
+
+
+def test_a_largest_size_that_is_given_is_not_probed(monkeypatch):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(memory, "find_max_batch_size", None)
+    trainer = kb.AdaptiveTrainer(
+        make(), policy="measure", max_batch_size=16, verbose=0
+    )
+    trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
+    assert trainer.report.settings["max_batch_size"] == 16
+
+
+def test_sums_of_gradients_fit_where_a_trainer_probes(monkeypatch):
+    # Adding them up takes twice as much here.
+    meter = FakeMeter(MB, slope=1000, slopes={"sums": 2000})
+    monkeypatch.setattr(memory, "meter_for", lambda model: meter)
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    data = comparing.regression(2000)
+    plain = kb.find_max_batch_size(make(), *data).max_batch_size
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    summed = trainer.probe(*data).max_batch_size
+    assert 0.85 * 950 <= plain <= 950
+    assert 0.85 * 475 <= summed <= 475
+    assert ("sums", summed) in meter.ran
 
 
 def test_generators_are_not_probed(monkeypatch):
@@ -121,6 +160,40 @@ def test_generators_are_not_probed(monkeypatch):
     batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
     trainer.fit(batches, batch_size=8, steps_per_epoch=8, verbose=0)
     assert trainer.batch_size == 8
+
+
+def goodput_after(profile, monkeypatch):
+    """Returns the report of a training that may start from a profile."""
+    monkeypatch.setattr(
+        memory, "find_max_batch_size", lambda *_, **__: profile
+    )
+    # Targets of noise alone: a batch is soon too small for any direction.
+    x, _ = comparing.regression(512)
+    y = np.random.default_rng(1).normal(size=(512, 1)).astype("float32")
+    keras.utils.set_random_seed(0)
+    trainer = kb.AdaptiveTrainer(
+        make(), max_batch_size=64, measure_every=1, verbose=0
+    )
+    if profile is not None:
+        trainer.probe(x, y)
+    trainer.fit(x, y, batch_size=8, epochs=3, verbose=0)
+    return trainer.report
+
+
+def test_goodput_needs_no_try_where_a_probe_has_timed(monkeypatch):
+    # Without a probe a larger size is tried, to see what an example takes.
+    tried = goodput_after(None, monkeypatch).changes[0]
+    assert (tried.old_batch_size, tried.new_batch_size) == (8, 16)
+    assert math.isnan(tried.predicted_speedup)
+    # It takes all of the time: twice as many take twice as long.
+    report = goodput_after(found(64, 0.0, 0.001), monkeypatch)
+    assert report.changes == ()
+    # It takes nothing, and then the gain is known before.
+    known = goodput_after(found(64, 0.001, 0.0), monkeypatch).changes[0]
+    assert (known.old_batch_size, known.new_batch_size) == (8, 16)
+    assert known.predicted_speedup == pytest.approx(
+        2 * throughput.linear_efficiency(16, known.noise_scale, 8)
+    )
 
 
 def test_speed_is_the_probes_until_two_sizes_are_timed():
