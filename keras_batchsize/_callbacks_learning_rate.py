@@ -129,6 +129,11 @@ class LearningRateScaling(keras.callbacks.Callback):
             policies.Fixed(), Ladder(size, size, size), size, None
         )
 
+    def on_epoch_end(self, epoch, logs=None):
+        """Gives the momentum back, for those who save it."""
+        if self._static is not None:
+            self._static.rest()
+
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""
         if self._static is not None:

@@ -191,6 +191,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
             return  # A `BackupAndRestore` has been here first.
         self._has_ended = True
         function.finish_pending()
+        # Who goes on from what others save knows the optimizer's rate only.
+        function.rest()
         seconds = function.epoch_seconds
         estimate = controller.noise_scale
         logs["batch_size"] = float(controller.batch_size)

@@ -49,6 +49,7 @@ class AdaptiveTrainFunction:
         controller: The `Controller`; None before the first superbatch.
         warmup_epochs: Length of the learning-rate warm-up, in epochs.
         corrects_momentum: Whether momentum is rescaled with the factor.
+        factor: The learning-rate factor in force, warm-up included.
         rule: The learning-rate rule.
         rate_batch_size: Batch size the base rate was meant for, None for B₀.
         on_superbatch: `Listeners` called with the `Row` of each superbatch.
@@ -95,7 +96,7 @@ class AdaptiveTrainFunction:
         self._guard = MemoryGuard(model, self._team.is_alone)
         self._in_one_pass = self._pending = self._state = None
         self._step = 0
-        self._factor = 1.0
+        self.factor = 1.0
         # Not known before the first epoch has ended: taken for long.
         self._epoch_length = math.inf
         self._has_warned = False
@@ -111,6 +112,10 @@ class AdaptiveTrainFunction:
     def uninstall(self):
         """Gives the model its own train function and momentum back."""
         self._place.give_back(self)
+        self.rest()
+
+    def rest(self):
+        """Gives the momentum back until the next update: others may save."""
         self._set_factor(1.0)
 
     @property
@@ -192,7 +197,7 @@ class AdaptiveTrainFunction:
         logs, measurement = self._guard.run(
             lambda: self._attempt(data, total, stop, waited),
             self.controller.plan,
-            functools.partial(self._halve, data, self._factor),
+            functools.partial(self._halve, data, self.factor),
             self.backup_dir,
         )
         self._report(self._team.agreed(measurement))
@@ -200,7 +205,7 @@ class AdaptiveTrainFunction:
 
     def _halve(self, data, factor):
         """Halves what is in memory at a time, at the factor put back."""
-        self._factor, controller = factor, self.controller
+        self.factor, controller = factor, self.controller
         half = halved(self._in_one_pass, controller.batch_size)
         controller.limit_micro_batch_size(half)
         if not self._graphs.splits:
@@ -226,7 +231,7 @@ class AdaptiveTrainFunction:
             norms=(*norms, *free_norms),
             loss=loss,
             learning_rate=float(used),
-            factor=self._factor,
+            factor=self.factor,
         )
 
     def _prepare(self, data, total):
@@ -249,7 +254,7 @@ class AdaptiveTrainFunction:
             controller.measure_for_rule()
         if self._state is not None:
             controller.set_state(self._state["controller"])
-            self._factor = self._state["factor"]
+            self.factor = self._state["factor"]
             controller.epoch = self.epoch
         elif controller.examples == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
@@ -261,7 +266,7 @@ class AdaptiveTrainFunction:
         """Returns everything a resumed training needs, as plain JSON types."""
         return {
             "controller": self.controller.get_state(),
-            "factor": self._factor,
+            "factor": self.factor,
             "seconds": self.seconds,
             "identity": self.identity,
         }
@@ -307,11 +312,11 @@ class AdaptiveTrainFunction:
         return float(learning_rate.effective_rate(self._model.optimizer, rate))
 
     def _set_factor(self, factor):
-        if factor != self._factor and self.corrects_momentum:
+        if factor != self.factor and self.corrects_momentum:
             learning_rate.correct_momentum(
-                self._model.optimizer, factor / self._factor
+                self._model.optimizer, factor / self.factor
             )
-        self._factor = factor
+        self.factor = factor
 
     def _measure(self, data, total):
         """Measures gradient noise on the superbatch, if it is time to."""
@@ -393,8 +398,3 @@ class AdaptiveTrainFunction:
         )
         self.controller.observe(measurement)
         self.on_superbatch(row_of(self, measurement))
-
-    @property
-    def factor(self):
-        """The learning-rate factor in force, warm-up included."""
-        return self._factor

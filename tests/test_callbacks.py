@@ -474,6 +474,58 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not folder.exists()
 
 
+def test_a_schedule_resumes_from_the_backup_of_keras(tmp_path):
+    # It knows nothing of the factor by which the velocity is larger.
+    def fit(*callbacks):
+        model = comparing.seeded(lambda: regressor(0.002))
+        trainer = kb.AdaptiveTrainer(
+            model,
+            schedule_of_sizes(),
+            "linear",
+            superbatch_size=SUPERBATCH,
+            max_batch_size=2 * SUPERBATCH,
+            verbose=0,
+        )
+        trainer.fit(
+            X,
+            Y,
+            BASE,
+            epochs=EPOCHS,
+            shuffle=False,
+            callbacks=callbacks,
+            verbose=0,
+        )
+        return model
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(tmp_path / "backup")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(backup(), Interrupts(2))
+    assert_equal(fit(backup()), fit())
+
+
+@pytest.mark.parametrize("scaled", ["dynamically", "statically"])
+def test_what_a_checkpoint_saves_is_what_fit_leaves(scaled, tmp_path):
+    model = comparing.seeded(decaying)
+    path = tmp_path / "model.keras"
+    ours = [kb.LearningRateScaling("linear", BASE, SUPERBATCH)]
+    if scaled == "dynamically":
+        sizes = kb.policies.Fixed(SUPERBATCH)
+        ours = [dynamic(sizes), kb.LearningRateScaling("linear")]
+    model.fit(
+        X,
+        Y,
+        SUPERBATCH,
+        epochs=2,
+        verbose=0,
+        callbacks=[*ours, keras.callbacks.ModelCheckpoint(path)],
+    )
+    saved = keras.models.load_model(path)
+    for one, other in zip(saved.optimizer.variables, model.optimizer.variables):
+        np.testing.assert_array_equal(one, other, one.name)
+
+
 def test_a_training_resumes_in_the_process_that_was_interrupted(tmp_path):
     # The model still holds the velocity of the interrupted training.
     def run(interrupt):
