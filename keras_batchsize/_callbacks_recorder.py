@@ -1,5 +1,6 @@
 """What `BatchSizeTensorBoard` writes, and when."""
 
+import dataclasses
 import math
 import time
 import types
@@ -66,6 +67,7 @@ class Recorder:
         five times as long as among other events.
         """
         controller = self._function.controller
+        row = _in_total(row, controller)
         if self._epoch is None:
             self._examples_before = row.examples - controller.last.examples
         if row.epoch != self._epoch:
@@ -81,6 +83,7 @@ class Recorder:
     def add_change(self, change):
         """Writes a change of the size."""
         self._write_rows()
+        change = _in_total(change, self._function.controller)
         step, values = change.examples, dict(vars(change))
         self._changes[step] = values
         if self._writer is None:
@@ -101,7 +104,7 @@ class Recorder:
         if self._writer is None:
             return
         self._write_changes()
-        seconds = self._function.seconds
+        seconds = self._function.tally.seconds
         budget = _DRAWING_BUDGET * seconds - self._drawing_seconds
         if self._drawing_cost <= budget:
             self._draw_goodput()
@@ -127,7 +130,7 @@ class Recorder:
         if self._writer is None:
             return self._last
         examples = self._function.controller.examples
-        seconds = self._seconds_before + self._function.seconds
+        seconds = self._seconds_before + self._function.tally.seconds
         return self._function.identity, examples, seconds
 
     def _begin(self, examples_before):
@@ -250,7 +253,7 @@ class Recorder:
             "examples": controller.examples,
             "updates": controller.updates,
             "base_updates": controller.base_steps,
-            "seconds": self._seconds_before + function.seconds,
+            "seconds": self._seconds_before + function.tally.seconds,
             "finished": finished,
         }
         self._writer.write(
@@ -279,6 +282,16 @@ class Recorder:
         self._writer.write(controller.examples, [value])
         self._drawing_cost = time.perf_counter() - started
         self._drawing_seconds += self._drawing_cost
+
+
+def _in_total(record, controller):
+    """Returns a row or change with the counts of all fits of its trainer.
+
+    A run goes on from one `fit` to the next, along the axis of examples.
+    """
+    return dataclasses.replace(
+        record, examples=controller.examples, updates=controller.updates
+    )
 
 
 def _memory(profile, row, replicas):

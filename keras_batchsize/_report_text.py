@@ -105,7 +105,9 @@ def _fixed_batch(report):
 def _examples(report):
     if not report.rows:
         return ""
-    epochs = report.rows[-1].epoch - report.rows[0].epoch + 1
+    # A training that was resumed has only the rows since then.
+    first = report.settings.get("first_epoch", report.rows[0].epoch)
+    epochs = report.rows[-1].epoch - first + 1
     return f"{report.examples:,} in {epochs} epoch{'s' * (epochs > 1)}"
 
 

@@ -1,9 +1,84 @@
-"""What a training reports of itself: a row per superbatch, and its changes."""
+"""What a `fit` reports of itself: totals, a row per superbatch, changes."""
 
 import math
 
 from keras_batchsize.report import Change
 from keras_batchsize.report import Row
+
+# What the controller counts on and on, through all fits of a trainer.
+_COUNTS = ("examples", "updates", "base_steps", "skipped_measurements")
+
+
+class Tally:
+    """Totals of one `fit`, whether resumed or not.
+
+    Statistics and clocks of a trainer go on from one `fit` to the next, and
+    with them the controller's counts. A report is about one `fit`: what was
+    counted before it is subtracted.
+
+    Attributes:
+        seconds: Wall time of its superbatches, tracing included.
+        tracing_seconds: That of the superbatches in which something was traced.
+        epoch: The epoch it began with, counted from zero.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.tracing_seconds = 0.0
+        self.epoch = 0
+        self._before = dict.fromkeys(_COUNTS, 0)
+
+    def begin(self, controller, epoch):
+        """Counts from here on.
+
+        Args:
+            controller: The `Controller`, with what it has counted before.
+            epoch: The first epoch, counted from zero.
+        """
+        self.epoch = epoch
+        self._before = {name: getattr(controller, name) for name in _COUNTS}
+
+    def add(self, measurement):
+        """Adds the time of a superbatch.
+
+        Args:
+            measurement: Its `Measurement`.
+        """
+        self.seconds += measurement.seconds
+        if measurement.traced:
+            self.tracing_seconds += measurement.seconds
+
+    def of(self, controller):
+        """Returns the counts of this `fit`, a dict of integers.
+
+        Args:
+            controller: The `Controller`.
+        """
+        return {
+            name: getattr(controller, name) - before
+            for name, before in self._before.items()
+        }
+
+    def get_state(self):
+        """Returns everything as plain JSON types."""
+        return {
+            "seconds": self.seconds,
+            "tracing_seconds": self.tracing_seconds,
+            "epoch": self.epoch,
+            "before": self._before,
+        }
+
+    def set_state(self, state):
+        """Goes on from what `get_state` returned.
+
+        Args:
+            state: Dict of plain JSON types, which may hold more.
+        """
+        self.seconds = state["seconds"]
+        # A backup of an earlier version has no more than that.
+        self.tracing_seconds = state.get("tracing_seconds", 0.0)
+        self.epoch = state.get("epoch", 0)
+        self._before |= state.get("before", {})
 
 
 def row_of(function, measurement):
@@ -16,11 +91,12 @@ def row_of(function, measurement):
     controller = function.controller
     plan, estimate = controller.plan, controller.noise_scale
     known = estimate.resolved
+    counts = function.tally.of(controller)
     return Row(
-        examples=controller.examples,
-        updates=controller.updates,
+        examples=counts["examples"],
+        updates=counts["updates"],
         epoch=function.epoch,
-        seconds=function.seconds,
+        seconds=function.tally.seconds,
         batch_size=plan.batch_size,
         micro_batch_size=plan.micro_batch_size,
         accumulation_steps=plan.accumulation_steps,
@@ -43,11 +119,11 @@ def change_of(function, decision):
         function: The `AdaptiveTrainFunction`.
         decision: The `Decision`.
     """
-    controller = function.controller
+    counts = function.tally.of(function.controller)
     return Change(
         epoch=function.epoch,
-        examples=controller.examples,
-        updates=controller.updates,
+        examples=counts["examples"],
+        updates=counts["updates"],
         old_batch_size=decision.old_batch_size,
         new_batch_size=decision.new_batch_size,
         noise_scale=decision.noise_scale,

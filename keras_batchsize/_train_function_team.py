@@ -9,9 +9,7 @@ import math
 import warnings
 
 from keras_batchsize import exactness
-from keras_batchsize import policies
 from keras_batchsize import replicas
-from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize.records import Timing
 from keras_batchsize.replica_graphs import ReplicaGraphs
@@ -200,44 +198,3 @@ class Team:
             seconds=whole,
             traced=traced or measurement.traced,
         )
-
-
-def _sizes_under(controller):
-    """Returns the sizes that updates may have, the last of data apart."""
-    policy, ladder = controller.policy, controller.ladder
-    if isinstance(policy, policies.Fixed):
-        return [ladder.nearest(policy.batch_size or ladder.base)]
-    return ladder.sizes
-
-
-def checked_graphs(team, model, controller, data, cuts=False):
-    """Returns the graphs of a model, after the first check of its loss.
-
-    Args:
-        team: A `OneDevice` or a `Team`.
-        model: The Keras model.
-        controller: The `Controller` that decides.
-        data: A superbatch.
-        cuts: Whether batches are to be cut whatever the controller says.
-
-    Raises:
-        ValueError: If batches are to be cut and the model cannot be.
-    """
-    cuts = cuts or controller.plan.accumulation_steps > 1
-    measures = controller.measures or controller.accumulates or cuts
-    splits = measures or team.replicated
-    if splits:
-        exactness.check_step(model)
-        requirements.check_parts(model)
-    requirements.check_sizes(model, _sizes_under(controller))
-    team.tell_cost_of(controller.ladder.base)
-    graphs = team.make_graphs(model, controller.clock.batch_size, measures)
-    sample = team.sample(data)
-    first = min(slicing.number_of_examples(sample), 1)
-    graphs.build(slicing.examples(sample, 0, first))
-    if splits:
-        exactness.check_loss(model, graphs.normaliser, sample)
-    if team.replicated:
-        exactness.check_division(model, sample)
-    controller.speed.know_communication(team.communication(model))
-    return graphs

@@ -236,15 +236,16 @@ class DynamicBatchSize(keras.callbacks.Callback):
             report.replace_change(
                 index, observed_speedup=controller.observed_speedup(change)
             )
-        base = controller.ladder.base
-        report.base_updates = controller.base_steps
+        base, tally = controller.ladder.base, function.tally
+        counts = tally.of(controller)
+        report.base_updates = counts["base_steps"]
         if controller.timings.median(base) is not None:
             seconds = controller.timings.median(base)
             report.base_seconds = (
-                seconds * controller.base_steps + function.tracing_seconds
+                seconds * report.base_updates + tally.tracing_seconds
             )
-        report.skipped_measurements = controller.skipped_measurements
-        report.settings.update(settings_of(function))
+        report.skipped_measurements = counts["skipped_measurements"]
+        report.settings.update(settings_of(function), first_epoch=tally.epoch)
         if isinstance(controller.policy, policies.Measure):
             size = recommended_batch_size(controller)
             report.settings["recommended_batch_size"] = size

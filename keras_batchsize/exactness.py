@@ -27,6 +27,9 @@ _WHOLE_BATCH_FUNCTIONS = (
     keras.losses.tversky,
 )
 
+# Reductions after which the gradient is that of the sum of the losses.
+SUMS = {"sum", "none", None}
+
 # Examples on which a loss is tried out, and the size of the parts: what a loss
 # makes of how examples differ shows most in the smallest parts.
 TRIAL_EXAMPLES = 16
@@ -39,24 +42,41 @@ _DRAWS = 8
 _ERRORS = 6.0
 
 
-def check_step(model):
+class CannotBeCut(ValueError):
+    """The loss of a batch cannot be put together from those of its parts."""
+
+
+def check_step(model, cause="batches to be cut", edits="do not cut them"):
     """Raises if the model's own training step cannot be cut.
 
     Args:
         model: A compiled Keras model.
+        cause: What asks for gradients of parts of a batch, in words.
+        edits: What to change so that nothing asks for them.
 
     Raises:
         ValueError: If `train_step` is overridden.
     """
     if type(model).train_step is not keras.Model.train_step:
         raise ValueError(
-            "A model that overrides `train_step` cannot be measured: its "
-            "gradients are computed where they cannot be seen. Received: "
-            f"model of type {type(model).__name__}. Use a policy that needs "
-            'no gradients: policy="plateau", "fixed" or a '
-            "`BatchSizeSchedule`, with max_batch_size at most the superbatch "
-            "size. Or override `compute_loss` instead of `train_step`."
+            "A model that overrides `train_step` cannot be measured, nor its "
+            "batches cut: its gradients are computed where they cannot be "
+            f"seen. Received: model of type {type(model).__name__}, with "
+            f"{cause}. Override `compute_loss` instead of `train_step`. Or "
+            f"{edits}: no gradients are looked at then."
         )
+
+
+def reductions_of(model):
+    """Returns how the compiled losses are reduced, a set.
+
+    Args:
+        model: A compiled Keras model. Losses given by name become means.
+    """
+    return {
+        getattr(loss, "reduction", "sum_over_batch_size")
+        for loss in _losses(model)
+    }
 
 
 def normaliser(model):
@@ -69,17 +89,12 @@ def normaliser(model):
         "examples" or "sample_weight".
 
     Raises:
-        ValueError: If a reduction cannot be put together from parts.
+        CannotBeCut: If a reduction cannot be put together from parts.
     """
-    losses = [
-        loss for loss in keras.tree.flatten(model.loss) if loss is not None
-    ]
+    losses, reductions = _losses(model), reductions_of(model)
     for loss in losses:
         _check_known(loss)
-    reductions = {
-        getattr(loss, "reduction", "sum_over_batch_size") for loss in losses
-    }
-    if reductions & {"sum", "none", None}:
+    if reductions & SUMS:
         _refuse(
             "a sum grows with the batch size, and the rate would have to "
             "shrink with it",
@@ -92,6 +107,10 @@ def normaliser(model):
     if len(losses) > 1:
         _refuse_several_weights(f"{len(losses)} losses")
     return "sample_weight"
+
+
+def _losses(model):
+    return [one for one in keras.tree.flatten(model.loss) if one is not None]
 
 
 def _check_known(loss):
@@ -126,10 +145,9 @@ def _refuse_several_weights(received):
 
 
 def _refuse(why, received, remedy="Use a loss that is a mean over examples."):
-    raise ValueError(
-        "A loss must be a mean over examples to be cut into micro-batches, "
-        f"which this policy needs: {why}. Received: {received}. {remedy} "
-        'Or use policy="fixed", which never cuts a batch.'
+    raise CannotBeCut(
+        "A loss must be a mean over examples for batches to be cut into "
+        f"micro-batches: {why}. Received: {received}. {remedy}"
     )
 
 
@@ -146,7 +164,7 @@ def weight_of(kind, y_pred, sample_weight, examples):
         Scalar float32 tensor.
 
     Raises:
-        ValueError: If several outputs are masked differently.
+        CannotBeCut: If several outputs are masked differently.
     """
     outputs = keras.tree.flatten(y_pred)
     masks = [keras_private.mask_of(output) for output in outputs]
@@ -183,7 +201,7 @@ def check_loss(model, kind, data):
         data: A batch as `train_step` receives it.
 
     Raises:
-        ValueError: If the loss of the whole is not that of the pairs.
+        CannotBeCut: If the loss of the whole is not that of the pairs.
     """
     size = min(int(slicing.count_examples(data)), TRIAL_EXAMPLES)
     starts = range(0, size - _TRIAL_PART + 1, _TRIAL_PART)

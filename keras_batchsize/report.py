@@ -55,10 +55,11 @@ class Row:
     """What held during one superbatch, which is one Keras step.
 
     Attributes:
-        examples: Integer, examples seen in total, this superbatch included.
-        updates: Integer, optimizer updates in total.
+        examples: Integer, examples seen in this `fit`, this superbatch
+            included.
+        updates: Integer, optimizer updates made in it.
         epoch: Integer, the epoch, counted from zero.
-        seconds: Float, seconds of training so far, validation excluded.
+        seconds: Float, seconds of this `fit` so far, validation excluded.
         batch_size: Integer, examples per update.
         micro_batch_size: Integer, examples per forward and backward pass.
         accumulation_steps: Integer, micro-batches per replica and update.
@@ -182,7 +183,8 @@ class Report:
 
     Args:
         settings: Optional dict of JSON values, the settings of the run.
-            Read here: `base_batch_size` and `max_batch_size`, in examples,
+            Read here: `base_batch_size` and `max_batch_size`, in examples;
+            `first_epoch`, counted from zero, if not that of the first row;
             and `reason_unchanged`, a string for a run without any change.
 
     Attributes:

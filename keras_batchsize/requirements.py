@@ -120,6 +120,35 @@ def check_sizes(model, sizes):
         _refuse_size(size, f"of {' or '.join(map(str, others))} examples")
 
 
+def check_growth(model, sizes, size_of_the_rate):
+    """Raises if a loss is a sum over a batch that does not keep its size.
+
+    Its gradient grows with the batch, and so does the rate by its rule: an
+    update of k base batches would move the weights k times as far as k updates.
+
+    Args:
+        model: A compiled Keras model.
+        sizes: Sizes that updates may have, in examples.
+        size_of_the_rate: Size that the learning rate was meant for.
+
+    Raises:
+        ValueError: If a loss is a sum, and a size is another than that.
+    """
+    others = sorted({*sizes} - {size_of_the_rate})
+    sums = exactness.reductions_of(model) & exactness.SUMS
+    if others and sums:
+        raise ValueError(
+            "A loss must be a mean over examples where the batch size may "
+            "change: the gradient of a sum grows with the size, on top of what "
+            "the learning rate does. Received: "
+            f"reduction={sorted(map(str, sums))}, and updates of "
+            f"{' or '.join(map(str, others))} examples with the rate for "
+            f'{size_of_the_rate}. Use reduction="sum_over_batch_size" and a '
+            f"learning rate multiplied by {size_of_the_rate}. Or use "
+            'policy="fixed", which keeps the size.'
+        )
+
+
 def check_short(model, make_batch):
     """Raises if a model takes no other batch size than its own.
 

@@ -15,12 +15,13 @@ import tensorflow as tf
 from keras_batchsize import learning_rate
 from keras_batchsize import scaling
 from keras_batchsize import slicing
+from keras_batchsize._train_function_checks import checked_graphs
 from keras_batchsize._train_function_memory import MemoryGuard
 from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
+from keras_batchsize._train_function_rows import Tally
 from keras_batchsize._train_function_rows import change_of
 from keras_batchsize._train_function_rows import row_of
-from keras_batchsize._train_function_team import checked_graphs
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
 from keras_batchsize._train_function_timing import number
@@ -57,6 +58,7 @@ class AdaptiveTrainFunction:
         on_first_superbatch: Function called with it and the controller.
         on_epoch_end: Function called with the epoch and its logs, once or
             more often, when the epoch has ended.
+        tally: The `Tally` of this `fit`.
         identity: Name of the training, kept when it is resumed, or None.
         backup_dir: Folder of the backups, if there are any.
     """
@@ -79,12 +81,11 @@ class AdaptiveTrainFunction:
         self.on_epoch_end = lambda epoch, logs: None
         self._steps = steps
         self._epochs = epochs
-        self.seconds = 0.0
+        self.tally = Tally()
         self.identity = None
         self.epoch = 0
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
-        self.tracing_seconds = 0.0
         self.rule = scaling.none
         self.rate_batch_size = None
         self.backup_dir = None
@@ -252,8 +253,10 @@ class AdaptiveTrainFunction:
             controller.clock.batch_size = self.rate_batch_size
         if self.rule not in scaling.NEED_NO_NOISE:
             controller.measure_for_rule()
+        self.tally.begin(controller, self.epoch)
         if self._state is not None:
             controller.set_state(self._state["controller"])
+            self.tally.set_state(self._state)
             self.factor = self._state["factor"]
             controller.epoch = self.epoch
         elif controller.examples == 0:
@@ -267,8 +270,8 @@ class AdaptiveTrainFunction:
         return {
             "controller": self.controller.get_state(),
             "factor": self.factor,
-            "seconds": self.seconds,
             "identity": self.identity,
+            **self.tally.get_state(),
         }
 
     def set_state(self, state):
@@ -278,7 +281,6 @@ class AdaptiveTrainFunction:
             state: Dict of plain JSON types.
         """
         self._state = state
-        self.seconds = state["seconds"]
         self.identity = state.get("identity")
 
     def _decide(self):
@@ -388,13 +390,11 @@ class AdaptiveTrainFunction:
         self.controller.observe_update(MicroBatchNorms(*row.tolist()))
 
     def _report(self, measurement):
-        self.seconds += measurement.seconds
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
-        if measurement.traced:
-            self.tracing_seconds += measurement.seconds
         self._has_warned = warn_once(
             measurement, self.controller, self._has_warned
         )
         self.controller.observe(measurement)
+        self.tally.add(measurement)
         self.on_superbatch(row_of(self, measurement))

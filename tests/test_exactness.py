@@ -17,7 +17,6 @@ from keras import layers
 from keras import losses
 
 import keras_batchsize as kb
-from keras_batchsize import exactness
 from keras_batchsize.policies import BatchSizeSchedule
 
 # Rounding of float32 sums in another order, see test_micro_batches.py.
@@ -40,7 +39,7 @@ def assert_exact(make_model, x, y, **arguments):
     comparing.assert_close(ours, theirs, RTOL)
 
 
-def assert_refused(make_model, x, y, match, **arguments):
+def assert_refused(make_model, x, y, match, policy="goodput", **arguments):
     """Training raises and leaves the model as it was."""
     model = comparing.seeded(make_model)
     model.evaluate(x, y, verbose=0)  # So that everything is built.
@@ -48,8 +47,9 @@ def assert_refused(make_model, x, y, match, **arguments):
     model.reset_metrics()
     before = comparing.variables_of(model)
     trainer = kb.AdaptiveTrainer(
-        model, "goodput", superbatch_size=SUPERBATCH, verbose=0
+        model, policy, superbatch_size=SUPERBATCH, verbose=0
     )
+    trainer.max_batch_size = SUPERBATCH
     with pytest.raises(ValueError, match=match) as caught:
         trainer.fit(x, y, batch_size=comparing.BASE, verbose=0, **arguments)
     assert "Received: " in str(caught.value)
@@ -87,6 +87,58 @@ def test_sums_are_refused(reduction):
         *comparing.regression(),
         match="a sum grows with the batch size",
     )
+
+
+@pytest.mark.parametrize(
+    ("policy", "reduction"),
+    [
+        (kb.policies.GrowOnPlateau("loss"), "sum"),
+        (BatchSizeSchedule({1: SUPERBATCH}), "sum"),
+        (kb.policies.Fixed(2 * comparing.BASE), "none"),
+        (BatchSizeSchedule({0: SUPERBATCH}), None),
+    ],
+)
+def test_sums_are_refused_where_only_the_size_changes(policy, reduction):
+    # Nothing is cut, but one update of 64 would move the weights as far as
+    # 64 of 8: the gradient grows with the size, and the rate does.
+    loss = losses.MeanSquaredError(reduction=reduction)
+    assert_refused(
+        compiled(dense, loss=loss),
+        *comparing.regression(),
+        match="the gradient of a sum grows with the size",
+        policy=policy,
+    )
+
+
+def test_sums_are_refused_where_the_rate_is_for_another_size():
+    model = compiled(dense, loss=losses.MeanSquaredError(reduction="sum"))()
+    scaled = kb.LearningRateScaling(
+        "linear", base_batch_size=8, batch_size=SUPERBATCH
+    )
+    with pytest.raises(ValueError, match="32 examples with the rate for 8"):
+        model.fit(
+            *comparing.regression(), SUPERBATCH, callbacks=[scaled], verbose=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("policy", "reduction"),
+    [
+        ("fixed", "sum"),
+        ("fixed", "none"),
+        (BatchSizeSchedule({0: comparing.BASE}), "sum"),
+    ],
+)
+def test_sums_of_one_size_are_those_of_plain_fit(policy, reduction):
+    loss = losses.MeanSquaredError(reduction=reduction)
+    make_model = compiled(
+        dense, loss=loss, optimizer=lambda: keras.optimizers.SGD(0.001)
+    )
+    data = comparing.regression()
+    ours = adaptive(
+        make_model, *data, policy=policy, max_batch_size=comparing.BASE
+    )
+    comparing.assert_same(ours, plain(make_model, *data))
 
 
 def test_every_reduction_of_keras_is_tried():
@@ -545,28 +597,56 @@ def test_overridden_train_step_follows_a_schedule():
     assert int(trained.model.optimizer.iterations) == 9 + 3
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"policy": "goodput"},
+NO_POLICY = 'use policy="plateau", "fixed" or a `BatchSizeSchedule`'
+NO_RULE = 'scale the rate by "linear", "sqrt" or "none"'
+
+# Arguments that ask for gradients, and the edits after which none does.
+ASKING = {
+    "policy": ({"policy": "goodput"}, [NO_POLICY]),
+    "rule": (
+        {"policy": "fixed", "learning_rate_scaling": "adascale"},
+        [NO_RULE],
+    ),
+    "both": (
+        {"policy": "measure", "learning_rate_scaling": "adascale"},
+        [NO_POLICY, NO_RULE],
+    ),
+    "measuring": (
+        {"policy": "fixed", "measure_every": 4},
+        ['leave measure_every="auto"'],
+    ),
+    "accumulating": (
         {"policy": "fixed", "max_batch_size": 2 * SUPERBATCH},
-    ],
-)
+        [f"use max_batch_size={SUPERBATCH}, the superbatch"],
+    ),
+}
+
+
+def error_of(make_model, arguments):
+    with pytest.raises(ValueError, match="Received: ") as caught:
+        adaptive(make_model, *comparing.regression(), **arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("arguments", "edits"), ASKING.values(), ids=ASKING)
 def test_overridden_train_step_is_refused_where_gradients_are_needed(
-    arguments,
+    arguments, edits
 ):
-    with pytest.raises(ValueError, match='policy="plateau"') as caught:
-        adaptive(compiled(WithStep), *comparing.regression(), **arguments)
-    assert "override `compute_loss`" in str(caught.value)
-    assert "Received: model of type WithStep" in str(caught.value)
+    error = error_of(compiled(WithStep), arguments)
+
+    assert "Received: model of type WithStep, with " in error
+    assert "Override `compute_loss`" in error
+    # What is not the cause is not to be changed.
+    assert f"Or {' and '.join(edits)}: no gradients" in error
 
 
-def test_errors_have_three_parts():
-    model = compiled(dense, loss=losses.MeanSquaredError(reduction="sum"))()
-    with pytest.raises(ValueError) as caught:
-        exactness.normaliser(model)
-    constraint, rest = str(caught.value).split("Received: ")
+@pytest.mark.parametrize(("arguments", "edits"), ASKING.values(), ids=ASKING)
+def test_an_error_of_a_loss_names_what_asks_for_gradients(arguments, edits):
+    loss = losses.MeanSquaredError(reduction="sum")
+    error = error_of(compiled(dense, loss=loss), arguments)
+
+    constraint, rest = error.split("Received: ")
     assert "must be a mean over examples" in constraint
     assert "reduction=['sum']" in rest
     assert 'Use reduction="sum_over_batch_size"' in rest
-    assert 'policy="fixed"' in rest
+    assert f"Or {' and '.join(edits)}: no batch is cut then." in rest

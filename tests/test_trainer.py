@@ -1,6 +1,8 @@
 """What `AdaptiveTrainer` chooses where nothing is said, and what it recalls."""
 
 import gc
+import itertools
+import time
 
 import comparing
 import keras
@@ -241,3 +243,98 @@ def test_a_profile_is_that_of_the_model_as_it_was_compiled(fits):
     trainer.probe(x, y, maximum=8)
     trainer.fit(x, y, batch_size=16, verbose=0)
     assert trainer.plan.micro_batch_size == 8
+
+
+# What a report is about.
+
+
+@pytest.fixture()
+def ticking(monkeypatch):
+    """A clock on which a second passes from one look to the next."""
+    looks = itertools.count(0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(looks))
+
+
+def growing():
+    return kb.policies.BatchSizeSchedule(lambda epoch: [8, 32, 64][epoch])
+
+
+def to_grow(model, policy, **options):
+    return kb.AdaptiveTrainer(
+        model,
+        policy(),
+        superbatch_size=SUPERBATCH,
+        max_batch_size=2 * SUPERBATCH,
+        verbose=0,
+        **options,
+    )
+
+
+def trained(trainer, epochs=3, **arguments):
+    """Trains; returns the report and how many updates were made."""
+    before = int(trainer.model.optimizer.iterations)
+    trainer.fit(
+        *regression(), batch_size=BASE, epochs=epochs, verbose=0, **arguments
+    )
+    made = int(trainer.model.optimizer.iterations) - before
+    return trainer.report, made
+
+
+def in_a_new_trainer(trainer, policy):
+    other = to_grow(trainer.model, policy)
+    other.set_state(trainer.get_state())
+    return other
+
+
+@pytest.mark.parametrize("policy", [kb.policies.Fixed, growing])
+@pytest.mark.parametrize(
+    "next_of", [lambda trainer, policy: trainer, in_a_new_trainer]
+)
+def test_a_report_is_about_its_fit(next_of, policy, ticking):
+    trainer = to_grow(regressor(), policy)
+    trained(trainer)
+    reports = []
+    for _ in range(2):
+        trainer = next_of(trainer, policy)
+        reports.append(trained(trainer))
+
+    for report, made in reports:
+        assert report.examples == 3 * comparing.EXAMPLES
+        assert report.updates == made
+        assert report.base_updates == 3 * 9
+        assert report.rows[0].examples == SUPERBATCH
+        # Changes are where the rows are: at the end of one of them, or before.
+        ends = {0, *(row.examples for row in report.rows)}
+        assert ends.issuperset(change.examples for change in report.changes)
+    (first, _), (second, _) = reports
+    # Of equal fits all totals are equal, speeds among them.
+    assert str(first) == str(second)
+    assert first.base_seconds == second.base_seconds > 0.0
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends training after its second epoch, as Ctrl-C does."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def test_the_report_of_a_resumed_fit_is_about_the_whole(tmp_path, ticking):
+    expected, made = trained(to_grow(regressor(), growing))
+
+    model = regressor()
+    trainer = to_grow(model, growing)
+    trained(trainer)  # An earlier fit, which no report after it tells of.
+    trainer.backup_dir = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        trained(trainer, callbacks=[Interrupt()])
+    # In a new process nobody knows of the earlier fit.
+    resumed = to_grow(model, growing, backup_dir=tmp_path / "backup")
+    report, made_since = trained(resumed)
+
+    assert made_since < made
+    assert [row.epoch for row in report.rows] == [2, 2, 2]
+    for name in ("examples", "updates", "seconds", "base_updates"):
+        assert getattr(report, name) == getattr(expected, name), name
+    assert "210 in 3 epochs" in str(report)
