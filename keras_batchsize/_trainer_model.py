@@ -1,7 +1,5 @@
 """How a trainer finds its model when `fit` begins."""
 
-import warnings
-
 import keras
 import tensorflow as tf
 
@@ -122,24 +120,6 @@ def check_state(state):
     """
     if state != {}:  # That of a trainer before its first `fit`.
         _controller_state.check_state(state)
-
-
-def warn_of_steps_per_execution(model):
-    """Warns that superbatches do what `steps_per_execution` is for.
-
-    Args:
-        model: A compiled Keras model.
-    """
-    steps = model.steps_per_execution
-    if steps == 1:
-        return
-    warnings.warn(
-        "`steps_per_execution` is superseded: a superbatch makes many updates "
-        "in one call anyway, and the batch size can change only between "
-        f"calls. Received: steps_per_execution={steps}. Compile with "
-        "steps_per_execution=1.",
-        stacklevel=4,
-    )
 
 
 def check_last_batch(model, superbatches):

@@ -76,6 +76,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
         report: The `Report` of the latest training.
     """
 
+    # From `on_train_begin` through Keras to who called `fit`.
+    _depth = 4
+
     def __init__(
         self,
         policy="goodput",
@@ -154,6 +157,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Puts the adaptive train function in place."""
         requirements.check_model(self.model)
+        requirements.warn_of_steps_per_execution(self.model, 1 + self._depth)
         function = AdaptiveTrainFunction(
             self.model,
             self.make_controller,

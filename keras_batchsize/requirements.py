@@ -1,5 +1,7 @@
 """What a model must be to be trained here, checked before anything happens."""
 
+import warnings
+
 import keras
 
 from keras_batchsize import exactness
@@ -174,6 +176,25 @@ def check_short(model, make_batch):
     except Exception as error:
         rest = int(slicing.count_examples(batch))
         _refuse_size(size, f"of the {rest} examples that are left", error)
+
+
+def warn_of_steps_per_execution(model, stacklevel):
+    """Warns that superbatches do what `steps_per_execution` is for.
+
+    Args:
+        model: A compiled Keras model.
+        stacklevel: Functions from here to the one that called `fit`.
+    """
+    steps = model.steps_per_execution
+    if steps == 1:
+        return
+    warnings.warn(
+        "`steps_per_execution` is superseded: a superbatch makes many updates "
+        "in one call anyway, and the batch size can change only between "
+        f"calls. Received: steps_per_execution={steps}. Compile with "
+        "steps_per_execution=1.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _refuse_size(size, batches, cause=None):

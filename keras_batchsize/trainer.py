@@ -15,7 +15,6 @@ from keras_batchsize._trainer_model import LastOptimizer
 from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import check_state
 from keras_batchsize._trainer_model import largest_by_default
-from keras_batchsize._trainer_model import warn_of_steps_per_execution
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
 from keras_batchsize.callbacks import DynamicBatchSize
@@ -30,6 +29,9 @@ from keras_batchsize.update_graphs import KeptSteps
 
 class _TrainerBatchSize(DynamicBatchSize):
     """`DynamicBatchSize` with a controller that outlives one `fit`."""
+
+    # The trainer's `fit` and `_fit` stand before that of Keras.
+    _depth = DynamicBatchSize._depth + 2
 
     def __init__(self, controller, examples, kept_steps, verbose):
         super().__init__(controller.policy, controller.ladder.base)
@@ -218,7 +220,6 @@ class AdaptiveTrainer:
     def _superbatches(self, data, validation_data, validation_split, **how):
         """Returns the `Superbatches`, and the data to validate on."""
         requirements.check_model(self.model)
-        warn_of_steps_per_execution(self.model)
         if validation_split and validation_data is None:
             data, validation_data = keras_private.train_validation_split(
                 data, validation_split=validation_split

@@ -1007,16 +1007,37 @@ def test_reading_ahead_does_not_disturb_a_shuffle():
     np.testing.assert_array_equal(first[0], other[0])
 
 
-def test_steps_per_execution_is_superseded_and_said_to_be():
-    def slow():
-        return compiled(linear(), steps_per_execution=4)
+def slow():
+    return compiled(linear(), steps_per_execution=4)
 
-    with pytest.warns(UserWarning, match="steps_per_execution=4") as caught:
-        ours = held(slow, **arrays(superbatch_size=16))
-    theirs = plain(regressor, **arrays())
 
-    assert "steps_per_execution=1" in str(caught[0].message)
-    comparing.assert_same(ours, theirs)
+def by_trainer(model):
+    kb.AdaptiveTrainer(model, "fixed", superbatch_size=16, verbose=0).fit(
+        X, Y, batch_size=BASE, epochs=2, verbose=0
+    )
+
+
+def by_callback(model):
+    sizes = kb.DynamicBatchSize("fixed", BASE)
+    model.fit(X, Y, batch_size=16, epochs=2, callbacks=[sizes], verbose=0)
+
+
+@pytest.mark.parametrize("train", [by_trainer, by_callback])
+def test_steps_per_execution_is_superseded_and_said_to_be(train):
+    with pytest.warns(UserWarning) as caught:
+        train(slow())
+
+    # Once, and where `fit` is called.
+    (warning,) = (one for one in caught if one.category is UserWarning)
+    assert "steps_per_execution=4" in str(warning.message)
+    assert "steps_per_execution=1" in str(warning.message)
+    assert warning.filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:`steps_per_execution`:UserWarning")
+def test_steps_per_execution_changes_nothing():
+    ours = held(slow, **arrays(superbatch_size=16))
+    comparing.assert_same(ours, plain(regressor, **arrays()))
 
 
 def test_steps_per_execution_does_not_lengthen_an_epoch():
