@@ -68,8 +68,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
         min_batch_size: Smallest size, in examples. None for B₀.
         max_batch_size: Largest size, in examples. None for the superbatch.
             Above the superbatch gradients are accumulated.
-        measure_every: Measure one update in so many; "auto" for as often as
-            2 % of the time pay for.
+        measure_every: Measure once in so many updates, but no more than once
+            per superbatch; "auto" for as often as 2 % of the time pay for.
         verbose: 1 to print a line at each change.
 
     Attributes:

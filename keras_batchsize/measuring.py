@@ -23,8 +23,9 @@ _HICCUP = 2.0
 # effective rank of the noise: 2.0 for two, 1.51 for eight, never below 1.41.
 PARTS = 8
 
-# Timings remembered per batch size; their median is used, the lower of two
-# where none is in the middle: a hiccup only ever adds time.
+# Timings remembered per batch size. The step-time model is fitted to their
+# lower quartile, reports tell of their median, the lower of two where none is
+# in the middle: a hiccup only ever adds time.
 _REMEMBERED = 15
 
 # So many measurements are taken at the start, on every other superbatch and
@@ -90,11 +91,12 @@ class Timings:
 class MeasuringSchedule:
     """Says whether the gradient noise of the next superbatch is measured.
 
-    With a number k, when k updates have passed since the last measurement.
-    With "auto", after a first few, when the training time has paid for it: 2 %
-    of it, a tenth of which is kept for hiccups, and in a short training as much
-    as one measurement costs. One epoch's budget may be spent in advance, since
-    the first estimates are worth most; it is paid back later, so that the share
+    With a number k, when k updates have passed since the last measurement; a
+    superbatch of more is measured once. With "auto", after a first few,
+    when the training time has paid for it: 2 % of it, a tenth of which is
+    kept for hiccups, and in a short training as much as one measurement
+    costs. One epoch's budget may be spent in advance, since the first
+    estimates are worth most; it is paid back later, so that the share
     holds for the planned training as a whole.
 
     Args:

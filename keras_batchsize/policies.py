@@ -43,12 +43,12 @@ __all__ = [
 class Goodput(BatchSizePolicy):
     """The size that trains fastest: throughput x statistical efficiency.
 
-    Goodput (Qiao et al. 2021, Pollux, OSDI) is examples per second times
-    progress per example. The latter depends on what the learning rate does:
-    under the linear rule it is `throughput.linear_efficiency`; else it is
-    Pollux's (φ + B₀)/(φ + B), with which goodput is largest at √(φ·a/c) if an
-    update takes a + c·B seconds. The size changes only if the speed-up
-    predicted for the change reaches `min_speedup`.
+    Goodput (Qiao et al. 2021, Pollux, OSDI, Sec. 3) is examples per second
+    times progress per example. The latter depends on what the learning
+    rate does: under the linear rule it is `throughput.linear_efficiency`;
+    else it is Pollux's (φ + B₀)/(φ + B), with which goodput is largest at
+    √(φ·a/c) if an update takes a + c·B seconds. The size changes only if
+    the speed-up predicted for the change reaches `min_speedup`.
 
     While one size only has been timed, c is taken for zero: a larger size is
     tried unless it could not pay even then, after which both costs are known.
@@ -120,8 +120,8 @@ class NoiseScale(BatchSizePolicy):
 class NormTest(BatchSizePolicy):
     """The norm test: the error of the gradient at most `eta` of its norm.
 
-    Byrd et al. 2012 (Math. Program. 134): tr(Σ)/B <= η²‖G‖², that
-    is B >= φ/η². The test in its usual form divides by the squared norm of
+    Byrd et al. 2012 (Math. Program. 134), eq. 3.9: tr(Σ)/B <= η²‖G‖²,
+    that is B >= φ/η². The test in its usual form divides by the squared norm of
     the batch gradient, which contains the noise it is compared with, so that
     no η >= 1 could ever grow the batch; here ‖G‖² is the unbiased estimate.
     As in the paper, the size never shrinks.
@@ -208,10 +208,11 @@ class CABS(BatchSizePolicy):
 class GradientDiversity(BatchSizePolicy):
     """A multiple of the gradient diversity, B = delta·(1 + φ).
 
-    Yin et al. 2018 (AISTATS; arXiv:1706.05699): mini-batch
-    SGD converges as single-example SGD does while B is below n·Δ, where
-    n·Δ = n·Σ‖gᵢ‖²/‖Σgᵢ‖² is 1 + φ for the data as a whole. DiveBatch
-    re-estimates it during training.
+    Yin et al. 2018 (AISTATS; arXiv:1706.05699): mini-batch SGD converges as
+    single-example SGD does while B is below a fraction of n·Δ, their
+    batch-size bound, where n·Δ = n·Σ‖gᵢ‖²/‖Σgᵢ‖² is 1 + φ for the data as a
+    whole. DiveBatch (Chen et al. 2025; arXiv:2509.16173) re-estimates it
+    during training.
 
     Args:
         delta: Fraction of the diversity bound to use.

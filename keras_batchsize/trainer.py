@@ -74,8 +74,8 @@ class AdaptiveTrainer:
         superbatch_size: Examples per Keras step, the base batch size times a
             power of two (and a multiple of the replicas). None for a
             sixteenth of an epoch, or up to an eighth for 64 base batches.
-        measure_every: Measure one update in so many; "auto" for as often as
-            2 % of the time pay for.
+        measure_every: Measure once in so many updates, but no more than once
+            per superbatch; "auto" for as often as 2 % of the time pay for.
         tensorboard: Folder to write to for TensorBoard, or the
             `keras.callbacks.TensorBoard` in use; see `BatchSizeTensorBoard`.
         backup_dir: Folder from which an interrupted `fit` resumes, as

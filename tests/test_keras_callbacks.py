@@ -10,6 +10,8 @@ import csv
 import inspect
 import json
 import math
+import random
+import types
 
 import comparing
 import keras
@@ -24,6 +26,8 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 
 import keras_batchsize as kb
+from keras_batchsize.noise import UNKNOWN
+from keras_batchsize.plan import Ladder
 
 X, Y = regression()
 VALIDATION = regression(30, seed=1)
@@ -462,3 +466,54 @@ def test_growing_on_a_plateau_waits_as_reducing_the_rate_does():
     assert {*ours} == {*shared, "factor"}
     for name in shared:
         assert ours[name].default == theirs[name].default, name
+
+
+# The twin of one of them.
+
+
+def metric_of(dice, epochs):
+    """A metric that falls, stalls and rises, with a NaN now and then.
+
+    Sums of powers of two, which Keras and we round alike: not at all. No NaN
+    comes first: for Keras it would stay the best value for ever.
+    """
+    value, values = 2.0, []
+    for epoch in range(epochs):
+        value += dice.choice([0.0, 0.0, 0.0, -0.375, -0.0625, 0.25])
+        is_lost = epoch > 0 and dice.random() < 0.03
+        values.append(math.nan if is_lost else value)
+    return values
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2, 5])
+@pytest.mark.parametrize("cooldown", [0, 1, 4])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_batch_grows_exactly_when_keras_would_reduce_the_rate(
+    patience, cooldown, mode
+):
+    ladder = Ladder(32, 32, 32 * 2**5)
+    changes = 0
+    for seed in range(10):
+        dice = random.Random(seed)
+        min_delta = dice.choice([0.0, 0.125])
+        waiting = ("metric", patience, min_delta, cooldown, mode)
+        names = ("monitor", "patience", "min_delta", "cooldown", "mode")
+        waiting = dict(zip(names, waiting, strict=True))
+        reducing = keras.callbacks.ReduceLROnPlateau(
+            factor=0.5, min_lr=0.5**5, **waiting
+        )
+        optimizer = types.SimpleNamespace(learning_rate=1.0)
+        reducing.set_model(types.SimpleNamespace(optimizer=optimizer))
+        reducing.on_train_begin()
+        growing = kb.policies.GrowOnPlateau(factor=2, **waiting)
+        size = 32
+        for epoch, value in enumerate(metric_of(dice, 60)):
+            reducing.on_epoch_end(epoch, {"metric": value})
+            status = kb.policies.Status(size, 32, *ladder.neighbours(size))
+            growing.on_epoch_end(status, {"metric": value})
+            before, size = size, kb.policies.next_batch_size(
+                growing, status, UNKNOWN, ladder
+            )
+            assert size == 32 / optimizer.learning_rate
+            changes += size != before
+    assert changes > 0
