@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import math
+import pathlib
 import random
 
 import pytest
@@ -119,6 +120,29 @@ def test_a_constant_input_has_a_fixed_point(policy, noise_scale, spread):
         assert path in (sorted(path), sorted(path, reverse=True))
 
 
+EFFICIENCIES = [throughput.efficiency, throughput.linear_efficiency]
+
+
+@pytest.mark.parametrize("efficiency", EFFICIENCIES)
+@pytest.mark.parametrize("min_speedup", [1.0, 1.05])
+@pytest.mark.parametrize("seed", range(10))
+def test_goodput_settles_whatever_the_rate_does(efficiency, min_speedup, seed):
+    dice = random.Random(seed)
+    policy = policies.Goodput(min_speedup)
+    for noise_scale in NOISE_SCALES:
+        estimate = estimate_of(noise_scale, dice.choice([1.0, 1.4]))
+        step_time = StepTime(10.0 ** dice.uniform(-6, 0), 2e-5)
+        known = {"step_time": step_time, "efficiency": efficiency}
+        for start in LADDER.sizes:
+            path = [start]
+            for _ in range(2 * len(LADDER.sizes)):
+                status = status_at(path[-1], **known)
+                path.append(next_batch_size(policy, status, estimate, LADDER))
+            assert set(path) <= set(LADDER.sizes)
+            assert len(set(path[len(LADDER.sizes) :])) == 1
+            assert path in (sorted(path), sorted(path, reverse=True))
+
+
 @every_policy
 def test_any_input_gives_a_size_on_the_ladder(policy):
     dice = random.Random(0)
@@ -138,6 +162,7 @@ def test_any_input_gives_a_size_on_the_ladder(policy):
             learning_rate=number(),
             loss=number(),
             epoch=dice.randrange(5),
+            efficiency=dice.choice(EFFICIENCIES),
         )
         # No such estimate is made from moments; a state may hold anything.
         estimate = NoiseScaleEstimate(
@@ -225,9 +250,7 @@ TIMES = [StepTime(1e-2, 1e-6), StepTime(1e-3, 2e-5), StepTime(1e-3, 2e-5, 256)]
 
 @pytest.mark.parametrize("step_time", TIMES)
 @pytest.mark.parametrize("min_speedup", [1.0, 1.05, 1.3])
-@pytest.mark.parametrize(
-    "efficiency", [throughput.efficiency, throughput.linear_efficiency]
-)
+@pytest.mark.parametrize("efficiency", EFFICIENCIES)
 def test_goodput_changes_only_for_the_speedup_asked_for(
     step_time, min_speedup, efficiency
 ):
@@ -576,3 +599,27 @@ def test_a_policy_without_a_wish_is_told_what_to_write():
 
     with pytest.raises(NotImplementedError, match="Received: Empty"):
         Empty().wish(status_at(32))
+
+
+# Their cards.
+
+
+def test_every_policy_has_a_card():
+    folder = pathlib.Path(__file__).parents[1] / "docs" / "policies"
+    table = (folder / "README.md").read_text(encoding="utf-8")
+    named = {**policies.POLICIES, "schedule": policies.BatchSizeSchedule}
+
+    cards = {card.stem for card in folder.glob("*.md")} - {"README"}
+
+    assert cards == set(named)
+    for name, policy in named.items():
+        card = (folder / f"{name}.md").read_text(encoding="utf-8")
+        headings = [line for line in card.splitlines() if line[:3] == "## "]
+        assert headings[:4] == [
+            "## What it does",
+            "## Formula",
+            "## Source",
+            "## When to use (and when not)",
+        ]
+        assert "## Cost" in headings
+        assert f"]({name}.md)" in table and f"`{policy.__name__}`" in table

@@ -6,9 +6,8 @@ kinds. Law 4 counts the examples that a model has trained on.
 """
 
 import dataclasses
+import itertools
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -865,6 +864,61 @@ def test_each_example_exactly_once_per_epoch(data, warns):
     assert counts.updates == [math.ceil(EXAMPLES / size) for size in SIZES]
 
 
+class Walk(kb.policies.BatchSizePolicy):
+    """Goes up and down the ladder at every occasion."""
+
+    needs_noise = False
+    gradual = False
+
+    def __init__(self):
+        self.sizes = itertools.cycle([2, 64, 8, 16, 256, 32, 4, 128])
+
+    def wish(self, status):
+        return next(self.sizes)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda x, ids: {"x": x, "y": ids, "batch_size": BASE},
+        lambda x, ids: {"x": sliced(x, ids).shuffle(500).batch(BASE)},
+    ],
+    ids=["arrays", "dataset"],
+)
+def test_each_example_exactly_once_while_the_size_changes_in_an_epoch(data):
+    examples = 1010
+    x = np.resize(X, (examples, X.shape[1]))
+    ids = np.arange(examples, dtype="float32")[:, None]
+    seen = Seen(examples)
+    model = linear()
+    model.compile(keras.optimizers.SGD(1e-6), "mse", metrics=[seen])
+    counts = EpochCounts(seen)
+    trainer = kb.AdaptiveTrainer(
+        model,
+        Walk(),
+        learning_rate_scaling="none",
+        superbatch_size=64,
+        min_batch_size=2,
+        max_batch_size=256,
+        verbose=0,
+    )
+
+    trainer.fit(**data(x, ids), epochs=2, verbose=0, callbacks=[counts])
+
+    for one in counts.counts:
+        np.testing.assert_array_equal(one, 1)
+    for epoch in range(2):
+        changes = [
+            one.new_batch_size > one.old_batch_size
+            for one in trainer.report.changes
+            if one.epoch == epoch
+        ]
+        # Most superbatches of an epoch have another size than the one before.
+        assert len(changes) >= 5 and len(set(changes)) == 2
+    used = {row.batch_size for row in trainer.report.rows}
+    assert used >= {2, 4, 16, 64, 256}
+
+
 def test_each_example_exactly_once_per_epoch_while_noise_is_measured():
     counts, _ = train_on_schedule(X, IDS, batch_size=BASE, policy="goodput")
 
@@ -970,7 +1024,7 @@ def test_row_numbers_come_in_the_order_of_keras(shuffle, sizes):
     )
 
 
-def test_row_numbers_of_an_epoch_have_an_order_of_their_own():
+def test_row_numbers_of_an_epoch_have_an_order_of_their_own(run_python):
     script = """
 import numpy as np
 from keras_batchsize._superbatches_rows import RowNumbers
@@ -983,7 +1037,8 @@ for shuffle, size in ((True, 1000), ("batch", 100)):
     assert (first != second).any()
 """
     # A process of its own: here tests have set the global seed.
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    done = run_python("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_arrays_that_are_not_dense_are_handed_over_themselves():
