@@ -163,7 +163,7 @@ def read_examples(model, x, y=None, sample_weight=None):
         math.inf if count is None else count,
     )
     if not is_dataset and superbatches.num_batches is not None:
-        examples.data_bytes = _bytes_of_arrays((x, y, sample_weight))
+        examples.data_bytes = slicing.bytes_of((x, y, sample_weight))
     return examples
 
 
@@ -190,11 +190,3 @@ def _check_readable_twice(x):
             "or a `PyDataset`; or the first batch: "
             "kb.find_max_batch_size(model, *next(x))."
         )
-
-
-def _bytes_of_arrays(data):
-    return sum(
-        int(getattr(leaf, "nbytes", 0))
-        for leaf in keras.tree.flatten(data)
-        if leaf is not None and not callable(getattr(leaf, "nbytes", 0))
-    )

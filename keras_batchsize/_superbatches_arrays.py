@@ -55,6 +55,18 @@ def count(x, y, sample_weight):
     return next(iter(lengths))
 
 
+def can_be_at_hand(model):
+    """Whether a model's device may gather rows of arrays by itself.
+
+    Args:
+        model: The Keras model to train.
+    """
+    devices = tf.config.list_logical_devices()
+    return not model.jit_compile and all(
+        one.device_type == "CPU" for one in devices
+    )
+
+
 def at_hand(model, adapter, *order):
     """Returns the arrays to gather rows from, and which rows.
 
@@ -69,8 +81,7 @@ def at_hand(model, adapter, *order):
         the arrays would be parameters of every step), or arrays that are not
         dense.
     """
-    devices = tf.config.list_logical_devices()
-    if model.jit_compile or any(one.device_type != "CPU" for one in devices):
+    if not can_be_at_hand(model):
         return None, None
     arrays = keras_private.tensors_of(adapter)
     leaves = [one for one in keras.tree.flatten(arrays) if one is not None]

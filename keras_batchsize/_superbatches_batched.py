@@ -14,6 +14,8 @@ import tensorflow as tf
 from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
+from keras_batchsize import slicing
+from keras_batchsize._superbatches_datasets import bytes_of_example
 from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize._superbatches_datasets import shapes_vary
 from keras_batchsize.keras_private import data_adapter_for
@@ -32,6 +34,8 @@ class Batched(NamedTuple):
         copies: What `replicas.copies_read` returns.
         varies: Whether batches may differ in shape, not in their number of
             examples alone, so that they cannot be joined.
+        bytes_each: Bytes of an example that is copied into superbatches; 0
+            where that is not known, or none is copied.
     """
 
     x: Any
@@ -39,6 +43,7 @@ class Batched(NamedTuple):
     examples: int | None = None
     copies: int | None = None
     varies: bool = False
+    bytes_each: float = 0.0
 
     @property
     def as_it_is(self):
@@ -68,7 +73,10 @@ def batched(x, y, sample_weight, model, batch_size):
         few = list(itertools.islice(x, 2))
         return _of_few(_chained(few, x), few)
     if _arrays.is_arrays(x):
-        return Batched(x, None, _arrays.count(x, y, sample_weight))
+        count = _arrays.count(x, y, sample_weight)
+        copied = not _arrays.can_be_at_hand(model)
+        size = copied and slicing.bytes_of((x, y, sample_weight))
+        return Batched(x, None, count, bytes_each=size / max(count, 1))
     size, may_vary = data_adapter_for(x).batch_size, _may_vary(model)
     if size is not None and not may_vary:
         return Batched(x, size)
@@ -82,7 +90,11 @@ def _of_few(x, few):
     if size == 0:
         check_enough((0, 0), x)
     shapes = [[leaf.shape[1:] for leaf in _leaves(one)] for one in few]
-    return Batched(x, size, varies=any(one != shapes[0] for one in shapes))
+    return Batched(
+        *(x, size),
+        varies=any(one != shapes[0] for one in shapes),
+        bytes_each=slicing.bytes_of(few[0]) / size,
+    )
 
 
 def _of_py_dataset(x, model):
@@ -106,13 +118,16 @@ def _of_dataset(x, model, batch_size):
             and x.cardinality() != tf.data.INFINITE_CARDINALITY
         ):
             data = _of_few(x, list(x.take(1)))
-        return data._replace(varies=shapes_vary(x))
+        return data._replace(
+            varies=shapes_vary(x), bytes_each=bytes_of_example(x)
+        )
     size = batch_size or DEFAULT_BATCH_SIZE
     examples = int(x.cardinality())
     if examples < 0:  # Infinite or not known, but perhaps too few.
         examples = len(list(x.take(2)))
         examples = None if examples == 2 else examples
-    return Batched(x.batch(size), size, examples)
+    x = x.batch(size)
+    return Batched(x, size, examples, bytes_each=bytes_of_example(x))
 
 
 def _chained(few, rest):

@@ -54,6 +54,19 @@ def shapes_vary(dataset):
     )
 
 
+def bytes_of_example(dataset):
+    """Returns the bytes of an example, as far as the shapes tell them.
+
+    Args:
+        dataset: A `tf.data.Dataset` of batches.
+    """
+    return sum(
+        (spec.shape[1:].num_elements() or 0) * spec.dtype.size
+        for spec in keras.tree.flatten(dataset.element_spec)
+        if isinstance(spec, tf.TensorSpec) and spec.shape.rank
+    )
+
+
 def _leaves_and_examples(element, model):
     """Returns pairs of shapes: part of an element, example of its input."""
     inputs = keras.tree.flatten(getattr(model, "inputs", None) or [])

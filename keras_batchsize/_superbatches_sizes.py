@@ -19,9 +19,13 @@ _FEWEST_PER_EPOCH = 8
 _SMALLEST_SUPERBATCH = 256
 # Batches per superbatch where the length of the data is not known.
 _BATCHES_OF_UNKNOWN = 64
+# Superbatches that are copied hold at most so many bytes, unless a batch does:
+# several wait at a time, on an accelerator one lies in its memory, and to train
+# on so much takes long enough for a call not to matter.
+_MOST_BYTES = 2**28
 
 
-def superbatch_size(given, base, epoch, replicas, own=None):
+def superbatch_size(given, base, epoch, replicas, own=None, bytes_each=0):
     """Returns the examples in a superbatch.
 
     Args:
@@ -31,6 +35,7 @@ def superbatch_size(given, base, epoch, replicas, own=None):
         replicas: Number of replicas.
         own: Examples in the batches of the data where these cannot be joined,
             or None.
+        bytes_each: Bytes of an example, 0 if it does not matter.
 
     Raises:
         ValueError: If what is given is no size of the ladder, or not that of
@@ -47,6 +52,8 @@ def superbatch_size(given, base, epoch, replicas, own=None):
             min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
             min(_SMALLEST_SUPERBATCH, epoch),
         )
+    if bytes_each:
+        limit = min(limit, _MOST_BYTES / bytes_each)
     return largest_on_ladder(base, limit, replicas)
 
 

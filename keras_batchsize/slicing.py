@@ -152,6 +152,19 @@ def padded(data, size):
     return keras.tree.map_structure(pad, data)
 
 
+def bytes_of(data):
+    """Returns the bytes of arrays or tensors, as far as they are told.
+
+    Args:
+        data: Nested structure of them, or of None.
+    """
+    return sum(
+        int(getattr(leaf, "nbytes", 0))
+        for leaf in keras.tree.flatten(data)
+        if leaf is not None and not callable(getattr(leaf, "nbytes", 0))
+    )
+
+
 def batch_spec(leaf):
     """Returns the type of a batch of any number of examples.
 

@@ -73,7 +73,8 @@ class AdaptiveTrainer:
             accumulated.
         superbatch_size: Examples per Keras step, the base batch size times a
             power of two (and a multiple of the replicas). None for a
-            sixteenth of an epoch, or up to an eighth for 64 base batches.
+            sixteenth of an epoch, or up to an eighth for 64 base batches, and
+            at most 256 MB of examples.
         measure_every: Measure once in so many updates, but no more than once
             per superbatch; "auto" for as often as 2 % of the time pay for.
         tensorboard: Folder to write to for TensorBoard, or the
@@ -127,7 +128,8 @@ class AdaptiveTrainer:
     def probe(self, x, y=None, sample_weight=None, **limits):
         """Finds out which batch sizes fit memory, and how fast they are.
 
-        The next `fit` holds no more at once, and starts from these step times.
+        The next `fit` takes no more through the model at once, and starts from
+        these step times, unless the model is compiled anew before.
 
         Args:
             x: As in `Model.fit`; of any kind that can be read more than once.

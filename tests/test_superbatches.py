@@ -28,6 +28,7 @@ from keras import layers
 
 import keras_batchsize as kb
 from keras_batchsize import keras_private
+from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_rows import RowNumbers
 from keras_batchsize.superbatches import make_superbatches
 
@@ -1027,6 +1028,7 @@ def test_row_numbers_come_in_the_order_of_keras(shuffle, sizes):
 def test_row_numbers_of_an_epoch_have_an_order_of_their_own(run_python):
     script = """
 import numpy as np
+from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_rows import RowNumbers
 for shuffle, size in ((True, 1000), ("batch", 100)):
     rows = RowNumbers(1000, [1000], shuffle, size)
@@ -1104,3 +1106,39 @@ def test_steps_per_execution_does_not_lengthen_an_epoch():
         trainer.fit(dataset, steps_per_epoch=10, epochs=2, verbose=0)
 
     assert model.optimizer.iterations == 2 * 10
+
+
+def large(axes):
+    """An endless pipeline of batches of large examples, never read."""
+    spec = tf.TensorSpec([BASE, *axes], "float32")
+    return tf.data.Dataset.from_generator(iter, output_signature=spec).repeat()
+
+
+@pytest.mark.parametrize(
+    ("axes", "examples"),
+    # Of 4 kB: 64 batches. Of 1 MiB: 256. Of 1 GiB: a batch, all the same.
+    [([1024], 64 * BASE), ([512, 512], 256), ([2**28], BASE)],
+)
+def test_a_superbatch_that_is_copied_holds_at_most_256_megabytes(
+    axes, examples
+):
+    model = keras.Sequential([keras.Input(axes)])
+    assert make_superbatches(model, large(axes)).superbatch_size == examples
+    # What the user states is kept.
+    stated = make_superbatches(
+        model, large(axes), superbatch_size=2 * examples
+    )
+    assert stated.superbatch_size == 2 * examples
+
+
+def test_arrays_count_where_they_are_copied():
+    # 1 MiB each with its target, all the same one. XLA is handed copies.
+    width = 2**18 - 2
+    x = np.broadcast_to(np.float32(0.0), (4096, width))
+    model = keras.Sequential([keras.Input((width,))])
+    model.compile("sgd", "mse", jit_compile=True)
+    found = make_superbatches(model, x, np.zeros((4096, 1)), batch_size=BASE)
+    assert found.superbatch_size == 256
+    # Where the loop gathers rows by itself, nothing is copied.
+    model.jit_compile = False
+    assert batched(x, None, None, model, BASE).bytes_each == 0
