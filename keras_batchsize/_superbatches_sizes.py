@@ -25,7 +25,7 @@ _BATCHES_OF_UNKNOWN = 64
 _MOST_BYTES = 2**28
 
 
-def superbatch_size(given, base, epoch, replicas, own=None, bytes_each=0):
+def superbatch_size(given, base, epoch, replicas, data):
     """Returns the examples in a superbatch.
 
     Args:
@@ -33,16 +33,15 @@ def superbatch_size(given, base, epoch, replicas, own=None, bytes_each=0):
         base: B₀, in examples.
         epoch: Examples in an epoch; infinite if that is not known.
         replicas: Number of replicas.
-        own: Examples in the batches of the data where these cannot be joined,
-            or None.
-        bytes_each: Bytes of an example, 0 if it does not matter.
+        data: The `Batched`, which tells whether batches must stay as they are,
+            and how many bytes are copied.
 
     Raises:
         ValueError: If what is given is no size of the ladder, or not that of
             batches that cannot be joined.
     """
-    if own is not None:
-        return _own_size(own, given, base, replicas)
+    if data.as_it_is is not None:
+        return _own_size(data.as_it_is, given, base, replicas)
     if given is not None:
         return checked_superbatch_size(given, base, replicas)
     limit = base * _BATCHES_OF_UNKNOWN
@@ -52,8 +51,8 @@ def superbatch_size(given, base, epoch, replicas, own=None, bytes_each=0):
             min(base * _BATCHES_PER_SUPERBATCH, epoch / _FEWEST_PER_EPOCH),
             min(_SMALLEST_SUPERBATCH, epoch),
         )
-    if bytes_each:
-        limit = min(limit, _MOST_BYTES / bytes_each)
+    if data.bytes_each:
+        limit = min(limit, _MOST_BYTES / data.bytes_each)
     return largest_on_ladder(base, limit, replicas)
 
 

@@ -233,8 +233,7 @@ def make_superbatches(
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
     size = _sizes.superbatch_size(
-        *(superbatch_size, base, epoch, replicas.count(model)),
-        *(data.as_it_is, data.bytes_each),
+        superbatch_size, base, epoch, replicas.count(model), data
     )
     sizes = _cut_to(data, size, epoch, steps_per_epoch)
     if is_arrays:
