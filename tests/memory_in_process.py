@@ -25,12 +25,12 @@ TOO_MANY = 40_000
 PATIENT = 10_000.0
 
 
-def make(jit_compile=False):
+def make(jit_compile=False, features=FEATURES):
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
-            keras.Input((FEATURES,)),
+            keras.Input((features,)),
             keras.layers.Dense(WIDTH, activation="relu"),
             keras.layers.Dropout(0.1),
             keras.layers.Dense(WIDTH, activation="relu"),
@@ -41,17 +41,19 @@ def make(jit_compile=False):
     return model
 
 
-def dataset(size, examples=2**18):
+def dataset(size, features=FEATURES):
+    examples = 2**18
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, FEATURES)).astype("float32")
+    x = rng.normal(size=(64, features)).astype("float32")
     y = rng.normal(size=(64, 1)).astype("float32")
     pool = tf.data.Dataset.from_tensor_slices((x, y))
     return pool.repeat(examples // 64).batch(size)
 
 
-def losses(model, size=64):
+def losses(model):
+    features = model.input_shape[1]
     history = model.fit(
-        dataset(size), steps_per_epoch=4, epochs=2, verbose=0
+        dataset(64, features), steps_per_epoch=4, epochs=2, verbose=0
     )
     return history.history["loss"]
 
@@ -103,17 +105,23 @@ def settled_memory_is_cut_to_measure():
 
 def xla_fails_three_times():
     """Variables are held, so that XLA cannot take them apart."""
-    expected = losses(make(jit_compile=True))
-    model = make(jit_compile=True)
-    examples = read_examples(model, dataset(64))
+    # A batch has 6 MB, the first tensor that is made of it 205.
+    size, features = 100_000, 16
+    expected = losses(make(True, features))
+    model = make(True, features)
+    examples = read_examples(model, dataset(64, features))
     meter = _memory_meters.meter_for(model)
     with Workload(model, examples, meter, False) as workload:
         assert workload.compiles
         for _ in range(3):
+            # More of them than ever wait.
+            waiting = [examples.batch(size) for _ in range(5)]
+            del waiting
             try:
-                workload.train(TOO_MANY)
-            except tf.errors.ResourceExhaustedError:
-                pass
+                workload.train(size)
+            except tf.errors.ResourceExhaustedError as error:
+                # The step's, not the pipeline's, which XLA does not compile.
+                assert "[Op:__inference__plain_loop" in str(error), error
             else:
                 raise AssertionError("It fitted.")
             workload.restore_values()
