@@ -52,7 +52,6 @@ class Recorder:
         self._began, self._first_step = 0.0, 0
         self._changes = {}
         self._shown = None
-        self._seconds_before = 0.0
         self._profile = None
         self._drawing_seconds = 0.0
         # A guess until one has been drawn.
@@ -130,7 +129,7 @@ class Recorder:
         if self._writer is None:
             return self._last
         examples = self._function.controller.examples
-        seconds = self._seconds_before + self._function.tally.seconds
+        seconds = self._seconds_before() + self._function.tally.seconds
         return self._function.identity, examples, seconds
 
     def _begin(self, examples_before):
@@ -139,7 +138,8 @@ class Recorder:
         if function.identity is None and self._last is not None:
             identity, examples, seconds = self._last
             if 0 < examples == examples_before:
-                function.identity, self._seconds_before = identity, seconds
+                function.identity = identity
+                function.tally.seconds_before = seconds
         function.identity = function.identity or uuid.uuid4().hex[:12]
         self._writer = RunWriter(
             self._log_dir, tf.io, function.identity, examples_before + 1
@@ -153,6 +153,9 @@ class Recorder:
             values += hparams.start(settings, self._began)
         self._writer.write(self._first_step, values)
         self._write_info()
+
+    def _seconds_before(self):
+        return self._function.tally.seconds_before
 
     def _maximum(self):
         return self._function.controller.ladder.sizes[-1]
@@ -189,7 +192,7 @@ class Recorder:
             "progress/updates": row.updates,
             "progress/epoch": row.epoch + part,
             "progress/loss": row.loss,
-            "progress/seconds": self._seconds_before + row.seconds,
+            "progress/seconds": self._seconds_before() + row.seconds,
         }
         if controller.measures:
             values |= {
@@ -253,7 +256,7 @@ class Recorder:
             "examples": controller.examples,
             "updates": controller.updates,
             "base_updates": controller.base_steps,
-            "seconds": self._seconds_before + function.tally.seconds,
+            "seconds": self._seconds_before() + function.tally.seconds,
             "finished": finished,
         }
         self._writer.write(

@@ -19,12 +19,15 @@ class Tally:
     Attributes:
         seconds: Wall time of its superbatches, tracing included.
         tracing_seconds: That of the superbatches in which something was traced.
+        seconds_before: Those of the earlier fits whose run in TensorBoard it
+            goes on with.
         epoch: The epoch it began with, counted from zero.
     """
 
     def __init__(self):
         self.seconds = 0.0
         self.tracing_seconds = 0.0
+        self.seconds_before = 0.0
         self.epoch = 0
         self._before = dict.fromkeys(_COUNTS, 0)
 
@@ -64,6 +67,7 @@ class Tally:
         return {
             "seconds": self.seconds,
             "tracing_seconds": self.tracing_seconds,
+            "seconds_before": self.seconds_before,
             "epoch": self.epoch,
             "before": self._before,
         }
@@ -77,6 +81,7 @@ class Tally:
         self.seconds = state["seconds"]
         # A backup of an earlier version has no more than that.
         self.tracing_seconds = state.get("tracing_seconds", 0.0)
+        self.seconds_before = state.get("seconds_before", 0.0)
         self.epoch = state.get("epoch", 0)
         self._before |= state.get("before", {})
 

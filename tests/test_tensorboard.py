@@ -516,6 +516,24 @@ def test_a_resumed_training_runs_on_without_a_zigzag(tmp_path, by_trainer):
     assert seconds == sorted(seconds)
 
 
+def test_a_second_fit_that_is_resumed_goes_on_in_the_run(tmp_path):
+    logs, backup = tmp_path / "logs", tmp_path / "backup"
+    first = trainer(logs)
+    train(first, epochs=1)
+    first.backup_dir = backup
+    with pytest.raises(KeyboardInterrupt):
+        train(first, epochs=2, callbacks=[Interrupts(1, 4)])
+
+    train(trainer(logs, backup_dir=backup), epochs=2)
+
+    read = Run(logs / "batch_size")
+    for tag in ("progress/updates", "progress/seconds"):
+        steps, values = read.scalars(tag)
+        assert len(steps) == 3 * PER_EPOCH
+        assert steps == sorted(set(steps))
+        assert values == sorted(values), tag
+
+
 def test_copies_write_runs_of_their_own(tmp_path):
     first = [dynamic(), kb.BatchSizeTensorBoard(tmp_path)]
     before = copy.deepcopy(first)
