@@ -101,6 +101,8 @@ def _draw_memory(axes, profile, line):
 def _draw_limit(axes, profile, line):
     limit, usable = profile.memory_limit, profile.usable_bytes
     axes.axhline(limit / 1e6, color=GREY, label="limit")
+    if usable is None:
+        return  # Where peaks are not measured, nothing is kept free.
     axes.axhspan(usable / 1e6, limit / 1e6, color=GREY, alpha=0.15,
                  linewidth=0, label="margin")
     if profile.hole_per_example:

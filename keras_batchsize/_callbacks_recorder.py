@@ -5,6 +5,7 @@ import math
 import time
 import types
 import uuid
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -211,11 +212,8 @@ class Recorder:
         """Writes what the memory probe found, once it is known."""
         self._profile = profile
         values = [events.text(tags.TEXT_PROBE, tables.profile(profile))]
-        try:
-            picture = pictures.png(profile.plot())
-        except ImportError:
-            pass
-        else:
+        picture = _drawn(profile.plot)
+        if picture is not None:
             values.append(events.image(tags.IMAGE_PROBE, *picture))
         self._writer.write(step, values)
 
@@ -271,17 +269,17 @@ class Recorder:
         if not estimate.resolved or step_time is None or step_time.guessed:
             return
         started = time.perf_counter()
-        try:
-            figure = pictures.goodput(
-                controller.ladder.sizes,
-                controller.batch_size,
-                step_time,
-                estimate.value,
-                controller.ladder.base,
-            )
-        except ImportError:
+        picture = _drawn(
+            pictures.goodput,
+            controller.ladder.sizes,
+            controller.batch_size,
+            step_time,
+            estimate.value,
+            controller.ladder.base,
+        )
+        if picture is None:
             return
-        value = events.image(tags.IMAGE_GOODPUT, *pictures.png(figure))
+        value = events.image(tags.IMAGE_GOODPUT, *picture)
         self._writer.write(controller.examples, [value])
         self._drawing_cost = time.perf_counter() - started
         self._drawing_seconds += self._drawing_cost
@@ -295,6 +293,23 @@ def _in_total(record, controller):
     return dataclasses.replace(
         record, examples=controller.examples, updates=controller.updates
     )
+
+
+def _drawn(draw, *arguments):
+    """Returns a picture, None without matplotlib or where it fails."""
+    try:
+        return pictures.png(draw(*arguments))
+    except ImportError:
+        return None
+    except Exception as error:
+        # Hours of training are worth more than a picture.
+        warnings.warn(
+            "TensorBoard will not show a picture of this training: drawing "
+            f"failed ({type(error).__name__}: {error}). Training goes on.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
 
 
 def _memory(profile, row, replicas):

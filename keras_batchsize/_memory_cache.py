@@ -1,19 +1,48 @@
 """Profiles kept in a folder, for models that have not changed."""
 
-import hashlib
-import json
 import os
 import pathlib
+import warnings
 
 import keras
 import tensorflow as tf
 
-from keras_batchsize import keras_private
+from keras_batchsize import _memory_key
 from keras_batchsize._version import __version__
 from keras_batchsize.batch_profile import BatchProfile
 
+# What allocators, XLA and oneDNN are told by the environment.
+_VARIABLES = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TF_CPU_ALLOCATOR_USE_BFC",
+    "TF_CPU_BFC_MEM_LIMIT_IN_MB",
+    "TF_CUDNN_WORKSPACE_LIMIT_IN_MB",
+    "TF_ENABLE_ONEDNN_OPTS",
+    "TF_FORCE_GPU_ALLOW_GROWTH",
+    "TF_GPU_ALLOCATOR",
+    "TF_XLA_FLAGS",
+    "XLA_FLAGS",
+)
 
-def path_of(folder, model, examples, limits, device, accumulates):
+
+def check_folder(cache):
+    """Raises if an argument names no folder.
+
+    Args:
+        cache: What the user passed as the cache, or None.
+
+    Raises:
+        TypeError: If it is neither a path nor None.
+    """
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise TypeError(
+            "`cache` must be the path of a folder: profiles are kept there, "
+            f"in a file each. Received: cache={cache!r}. Use "
+            'cache="profiles", or None to probe always.'
+        )
+
+
+def path_of(folder, model, examples, limits, isolation, device, accumulates):
     """Returns the file of a profile: its name depends on all that counts.
 
     Args:
@@ -21,79 +50,68 @@ def path_of(folder, model, examples, limits, device, accumulates):
         model: A compiled Keras model.
         examples: Its `Examples`.
         limits: The `Limits`.
+        isolation: Whether the trials run in a child process.
         device: Name of the device.
         accumulates: Whether gradients may be summed over micro-batches.
 
     Returns:
-        A `pathlib.Path`.
+        A `pathlib.Path`; None, with a warning, for a model that might be
+        taken for another one.
     """
-    key = {
-        "layers": [
-            [type(layer).__name__, layer.dtype_policy.name, _config(layer)]
-            for layer in keras_private.flatten_layers(model)
-        ],
-        "variables": [
-            [list(one.shape), str(one.dtype), one.trainable]
-            for one in model.variables
-        ],
-        "optimizer": [type(model.optimizer).__name__, _config(model.optimizer)],
-        "loss": repr(_named(model.loss)),
-        "metrics": sorted(metric.name for metric in model.metrics),
-        "jit_compile": bool(model.jit_compile),
-        "run_eagerly": bool(model.run_eagerly),
-        "data": [
-            [list(spec.shape[1:]), spec.dtype.name]
-            for spec in tf.nest.flatten(
-                keras.tree.map_structure(_spec, examples.one),
-                expand_composites=True,
-            )
-            if spec is not None
-        ],
-        "examples": examples.count,
-        "data_bytes": examples.data_bytes,
-        "limits": vars(limits),
-        "accumulates": accumulates,
-        "device": [device, *_details()],
-        "replicas": model.distribute_strategy.num_replicas_in_sync,
-        "versions": [__version__, keras.__version__, tf.__version__],
-    }
-    text = json.dumps(key, sort_keys=True, default=repr)
-    name = hashlib.sha256(text.encode()).hexdigest()[:20]
+    try:
+        described = _memory_key.described(model)
+    except _memory_key.NotDescribed as error:
+        warnings.warn(
+            "A profile is kept only for a model that can be told from all "
+            f"others. Received: cache={str(folder)!r}, and a model of which "
+            f"{error}. Give its classes get_config(), or use cache=None.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    name = _memory_key.digest_of(
+        {
+            "model": described,
+            "data": str(
+                keras.tree.map_structure(_memory_key.spec_of, examples.one)
+            ),
+            "examples": [examples.count, examples.bytes_each],
+            "data_bytes": examples.data_bytes,
+            "limits": vars(limits),
+            "isolation": bool(isolation),
+            "accumulates": bool(accumulates),
+            "device": [device, *_details()],
+            "replicas": model.distribute_strategy.num_replicas_in_sync,
+            "floatx": keras.config.floatx(),
+            "versions": [__version__, keras.__version__, tf.__version__],
+        }
+    )
     return pathlib.Path(folder) / f"profile_{name}.json"
 
 
-def _config(thing):
-    """The configuration without names, which change from run to run."""
-    try:
-        config = thing.get_config()
-    except NotImplementedError:
-        return type(thing).__name__
-    return {
-        name: value for name, value in config.items() if name != "name"
-    }
-
-
-def _named(loss):
-    return getattr(loss, "name", None) or getattr(loss, "__name__", loss)
-
-
-def _spec(leaf):
-    return None if leaf is None else tf.type_spec_from_value(leaf)
-
-
 def _details():
-    """What the device is, and how it is set up."""
-    gpus = [
-        tf.config.experimental.get_device_details(one)
-        for one in tf.config.list_physical_devices("GPU")
-    ]
+    """What the devices are, and how they are set up."""
+    devices = tf.config.list_physical_devices()
+    gpus = [one for one in devices if one.device_type == "GPU"]
     return [
-        gpus,
-        os.environ.get("TF_CPU_ALLOCATOR_USE_BFC"),
-        os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB"),
+        [tf.config.experimental.get_device_details(one) for one in gpus],
+        [tf.config.experimental.get_memory_growth(one) for one in gpus],
+        [
+            [one.name, getattr(logical, "memory_limit", None)]
+            for one in devices
+            for logical in _logical_devices(one)
+        ],
+        {name: os.environ.get(name) for name in _VARIABLES},
         tf.config.threading.get_intra_op_parallelism_threads(),
         tf.config.threading.get_inter_op_parallelism_threads(),
+        tf.config.optimizer.get_jit(),
+        tf.config.optimizer.get_experimental_options(),
     ]
+
+
+def _logical_devices(device):
+    """The logical devices that a user made of a device, with their limits."""
+    return tf.config.get_logical_device_configuration(device) or [None]
 
 
 def load(path):

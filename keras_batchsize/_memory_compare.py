@@ -7,11 +7,14 @@ import random
 import sys
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from keras_batchsize import keras_private
+from keras_batchsize import _keras_private_random
+from keras_batchsize import exhaustion
+from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import whole
+from keras_batchsize._memory_limits import NothingFits
+from keras_batchsize._memory_meters import HOST_MEMORY
+from keras_batchsize._memory_process import NOT_SUPPORTED
 from keras_batchsize.batch_profile import BatchProfile
 
 # First updates whose losses are compared, on so many examples each.
@@ -19,6 +22,8 @@ UPDATES, EXAMPLES = 5, 32
 # Losses agree up to the rounding of the type that is computed in, times the
 # few dozen roundings on the way from an input to the loss.
 _ROUNDINGS = 16
+# Bits of the mantissa, float32's where a name is in no other's.
+_BITS = (("float8", 3), ("bfloat16", 7), ("float16", 10), ("", 23))
 # Under another policy dropout draws other masks. What that does to the losses
 # is seen with so many other seeds: the most of all updates, as that of one is
 # the spread of a few numbers.
@@ -33,10 +38,12 @@ class PolicyResult:
 
     Attributes:
         dtype_policy: Its name.
-        profile: The `BatchProfile`; None if the policy does not run.
-        losses: Losses of the first updates, from the same weights and data.
-        agrees: Whether they are those of the first policy, up to rounding and
-            up to what other seeds do to them.
+        profile: The `BatchProfile`; None if the policy does not run, or if
+            nothing fits.
+        losses: Losses of the first updates, from the same weights and data;
+            empty where their examples do not fit.
+        agrees: Whether they are those of the first policy that runs, up to
+            rounding and up to what other seeds do to them.
         note: Why it did not run, "" if it did.
     """
 
@@ -105,8 +112,14 @@ def _cells(result):
         profile.reason,
         whole(profile.best_examples_per_second),
         f"{profile.bytes_per_example / 1e6:.3g}",
-        "agree" if result.agrees else "differ",
+        _outcome(result),
     )
+
+
+def _outcome(result):
+    if not result.losses:
+        return "not compared"
+    return "agree" if result.agrees else "differ"
 
 
 def compared(build_fn, x, y, policies, find):
@@ -123,68 +136,91 @@ def compared(build_fn, x, y, policies, find):
         A `DtypeComparison`.
     """
     before = keras.config.dtype_policy()
-    states = random.getstate(), np.random.get_state()
-    keras_state = keras_private.global_state()
-    seed = random.Random(str(states[0])).randrange(2**31)
-    results, weights = [], None
+    first = _First(policies[0])
+    results = []
     try:
-        for policy in policies:
-            # Models are cycles of references: the last ones still fill memory.
-            gc.collect()
-            keras.config.set_dtype_policy(policy)
-            keras.utils.set_random_seed(seed)
-            result, weights = _result(build_fn, policy, (x, y), find, weights)
-            results.append(result)
-        # Last, or its models would take the memory that is probed.
-        keras.config.set_dtype_policy(policies[0])
-        spread = _spread(build_fn, (x, y), results[0].losses, weights)
+        with _keras_private_random.states_kept():
+            seed = random.randrange(2**31)
+            for policy in policies:
+                # Models are cycles of references: the last still fill memory.
+                gc.collect()
+                keras.config.set_dtype_policy(policy)
+                keras.utils.set_random_seed(seed)
+                results.append(_result(build_fn, policy, (x, y), find, first))
+            spread = 0.0
+            if first.result is not None:
+                # Last, or its models would take the memory that is probed.
+                keras.config.set_dtype_policy(first.result.dtype_policy)
+                spread = _spread(build_fn, (x, y), first)
     finally:
         keras.config.set_dtype_policy(before)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        keras_private.set_global_state(keras_state)
-    results = [_judged(result, results[0], spread) for result in results]
+    results = [_judged(result, first.result, spread) for result in results]
     return DtypeComparison(results, *_recommendation(results))
 
 
-def _result(build_fn, policy, data, find, weights):
-    first = weights is None
+class _First:
+    """What was found under the first policy that runs.
+
+    Args:
+        policy: Name of the very first.
+
+    Attributes:
+        result: Its `PolicyResult`, None before.
+        weights: Initial weights, from which all policies start.
+        examples: On how many examples losses are compared.
+    """
+
+    def __init__(self, policy):
+        self.policy = policy
+        self.result = self.weights = None
+        self.examples = EXAMPLES
+
+
+def _result(build_fn, policy, data, find, first):
     try:
         model = build_fn()
         profile = find(model)
-        weights = model.get_weights() if first else weights
-        losses = _first_losses(model, data, weights)
-    except (
-        NotImplementedError,
-        TypeError,
-        tf.errors.InvalidArgumentError,
-        tf.errors.UnimplementedError,
-    ) as error:
-        if first:
+        fitting = profile.max_batch_size if _is_scarce(profile) else math.inf
+        if first.result is None:
+            first.weights = model.get_weights()
+            first.examples = min(EXAMPLES, fitting)
+        losses = ()
+        if first.examples <= fitting:
+            losses = _first_losses(model, data, first)
+    except NothingFits as error:
+        # What follows is of the call.
+        text, _, _ = str(error).partition(" Received:")
+        return PolicyResult(policy, None, (), False, text)
+    except Exception as error:
+        name = type(error).__name__
+        if exhaustion.is_out_of_memory(error):
+            note = f"does not fit: {name}"
+        elif policy != first.policy and isinstance(error, NOT_SUPPORTED):
+            # A layer or a device that does not know the type.
+            note = f"does not run: {name}"
+        else:
             raise
-        # A layer or a device that does not know the type.
-        note = f"does not run: {type(error).__name__}"
-        return PolicyResult(policy, None, (), False, note), weights
-    return PolicyResult(policy, profile, losses, False), weights
+        return PolicyResult(policy, None, (), False, note)
+    result = PolicyResult(policy, profile, losses, False)
+    first.result = first.result or result
+    return result
 
 
 def _judged(result, reference, spread):
-    agrees = result.profile is not None and _agree(
-        result.losses, reference.losses, spread, result.dtype_policy
-    )
+    agrees = bool(result.losses) and _agree(result, reference, spread)
     return dataclasses.replace(result, agrees=agrees)
 
 
-def _spread(build_fn, data, losses, weights):
+def _spread(build_fn, data, first):
     """Returns how far other seeds take a loss, 0 without randomness."""
-    spread = 0.0
+    spread, losses = 0.0, first.result.losses
     for seed in range(_SEEDS):
         keras.utils.set_random_seed(seed)
         model = build_fn()
         # It may have set the seed itself: other masks come later, too.
         for _ in range(seed + 1):
-            model(_first_examples(data[0]), training=True)
-        others = _first_losses(model, data, weights)
+            model(_first_examples(data[0], first.examples), training=True)
+        others = _first_losses(model, data, first)
         if others == losses:
             break
         spread = max(
@@ -193,13 +229,13 @@ def _spread(build_fn, data, losses, weights):
     return spread
 
 
-def _first_losses(model, data, weights):
+def _first_losses(model, data, first):
     """Trains a few updates from given weights, and returns their losses."""
-    parts = _first_examples(data)
-    if [one.shape for one in weights] == [
+    parts = _first_examples(data, first.examples)
+    if [one.shape for one in first.weights] == [
         one.shape for one in model.get_weights()
     ]:
-        model.set_weights(weights)
+        model.set_weights(first.weights)
     losses = []
     for _ in range(UPDATES):
         model.reset_metrics()
@@ -208,31 +244,37 @@ def _first_losses(model, data, weights):
     return tuple(losses)
 
 
-def _first_examples(data):
-    return keras.tree.map_structure(lambda one: one[:EXAMPLES], data)
+def _first_examples(data, count):
+    return keras.tree.map_structure(lambda one: one[:count], data)
 
 
-def _agree(losses, expected, spread, policy):
-    digits = 23
-    if "bfloat16" in policy:
-        digits = 7
-    elif "float16" in policy:
-        digits = 10
-    elif "float8" in policy:
-        digits = 3
-    tolerance = min(_ROUNDINGS * 2.0**-digits, 0.25)
+def _agree(result, reference, spread):
+    # Both round: the coarser of the two says how far they may be apart.
+    bits = min(map(_bits_of, (result.dtype_policy, reference.dtype_policy)))
+    tolerance = min(_ROUNDINGS * 2.0**-bits, 0.25)
     return all(
         math.isfinite(one)
         and abs(one - other) <= tolerance * abs(other) + spread
-        for one, other in zip(losses, expected)
+        for one, other in zip(result.losses, reference.losses)
     )
+
+
+def _bits_of(policy):
+    return next(bits for name, bits in _BITS if name in policy)
+
+
+def _is_scarce(profile):
+    """Whether memory ended a probe, of whatever kind it was."""
+    if profile.reason == size_search.TRIALS:
+        return not all(row.fits for row in profile.rows)
+    return profile.reason in (size_search.MEMORY, HOST_MEMORY)
 
 
 def _recommendation(results):
     """Returns the name of what pays, or None, and the reason."""
     first, *others = results
     if first.profile is None:
-        return None, f"Nothing to compare with: {first.dtype_policy} fails."
+        return None, _without_first(first.dtype_policy, others)
     best, gain = None, _WORTH
     for result in others:
         if result.profile is None or not result.agrees:
@@ -242,7 +284,7 @@ def _recommendation(results):
             / first.profile.best_examples_per_second
         )
         larger = result.profile.max_batch_size / first.profile.max_batch_size
-        if first.profile.reason != "memory":
+        if not _is_scarce(first.profile):
             larger = 1.0  # Something else ended it: memory was not scarce.
         # What does not fit at all is worth more than speed, but not if it
         # trains more slowly.
@@ -259,4 +301,15 @@ def _recommendation(results):
     return best.dtype_policy, (
         f"{best.dtype_policy} pays: {gain:.2f} times {first.dtype_policy} in "
         "speed or batch size, and it learns alike."
+    )
+
+
+def _without_first(policy, others):
+    """Says what there is where the first policy does not run."""
+    running = [one.dtype_policy for one in others if one.profile is not None]
+    if not running:
+        return f"Nothing to compare: neither {policy} nor another one runs."
+    return (
+        f"Nothing to compare with: {policy} does not run. Those that do: "
+        f"{', '.join(running)}; whether they learn as it would is not known."
     )

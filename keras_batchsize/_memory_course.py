@@ -11,6 +11,7 @@ from keras_batchsize import keras_private
 from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
@@ -176,7 +177,7 @@ class Course:
                     f" ({megabytes(self._data)} MB are for the copy of the "
                     "data that `fit` makes)"
                 )
-        raise ValueError(
+        raise NothingFits(
             f"No batch size fits: {what}{room}. Received: "
             f"memory_limit={given}, "
             f"safety_margin={self._limits.safety_margin}. Use a smaller "

@@ -182,6 +182,13 @@ def can_be_read_twice(x):
 
 
 def _check_readable_twice(x):
+    if isinstance(x, tf.distribute.DistributedDataset):
+        raise TypeError(
+            "`x` must be data that are not dealt out to replicas yet: batches "
+            "of other sizes are made of them. Received: x of type "
+            f"{type(x).__name__}. Pass the `tf.data.Dataset` that it was made "
+            "of; the model's strategy deals it out."
+        )
     if not can_be_read_twice(x):
         raise ValueError(
             "`x` must be data that can be read more than once: what a probe "

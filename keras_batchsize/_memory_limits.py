@@ -5,6 +5,10 @@ import math
 from keras_batchsize import _checks
 
 
+class NothingFits(ValueError):
+    """Raised where not even the smallest batch fits memory."""
+
+
 class Limits:
     """What a caller allows, checked.
 
@@ -58,6 +62,22 @@ class Limits:
             "it is the time for trials in seconds",
             "Use time_budget=60.",
         )
+
+    def check_replicas(self, count):
+        """Raises if the largest size leaves a replica without an example.
+
+        Args:
+            count: Integer, number of replicas.
+
+        Raises:
+            ValueError: If `maximum` is smaller.
+        """
+        if self.maximum < count:
+            raise ValueError(
+                "`maximum` must be at least the number of replicas: each "
+                f"takes an example. Received: maximum={self.maximum}, with "
+                f"{count} replicas. Use maximum={count}."
+            )
 
 
 def _open_share(safety_margin):

@@ -19,22 +19,26 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize.batch_profile import BatchProfile
 
 _WORKER = "keras_batchsize._memory_worker"
-# What a model and its dtypes may be the cause of is handed back as it is, so
-# that nobody has to know where it was raised. Keras says that a layer lacks a
-# type by the first two, TensorFlow that an operation does by the last three.
-ERRORS = (
+# Keras says that a layer lacks a type by the first two, TensorFlow that an
+# operation does by the last three.
+NOT_SUPPORTED = (
     NotImplementedError,
     TypeError,
-    ValueError,
     tf.errors.InvalidArgumentError,
     tf.errors.NotFoundError,
     tf.errors.UnimplementedError,
 )
+# What a model and its dtypes may be the cause of is handed back as it is, so
+# that nobody has to know where it was raised.
+ERRORS = (*NOT_SUPPORTED, NothingFits, ValueError)
 # Starting TensorFlow takes some of the time; no step does.
 _START_SECONDS = 120
+# Longer ones the system cannot wait: milliseconds in 32 bits.
+_LONGEST_SECONDS = 2**31 // 1000
 
 
 def probe_in_process(model, examples, limits, accumulates):
@@ -67,6 +71,8 @@ def probe_in_process(model, examples, limits, accumulates):
         "accumulates": accumulates,
         "count": _finite(examples.count),
         "data_bytes": examples.data_bytes,
+        "floatx": keras.config.floatx(),
+        "image_data_format": keras.config.image_data_format(),
         "global_policy": keras.config.dtype_policy().name,
         "threads": [
             tf.config.threading.get_intra_op_parallelism_threads(),
@@ -227,13 +233,14 @@ def _run(folder, limits):
         )
     path = [*filter(None, sys.path), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
+    seconds = _START_SECONDS + 2 * limits.time_budget
     try:
         process = subprocess.run(
             [sys.executable, "-m", _WORKER, str(folder)],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=_START_SECONDS + 2 * limits.time_budget,
+            timeout=seconds if seconds < _LONGEST_SECONDS else None,
         )
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(

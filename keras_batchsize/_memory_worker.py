@@ -16,6 +16,7 @@ from keras_batchsize import exhaustion
 from keras_batchsize import memory
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_limits import Limits
+from keras_batchsize._memory_limits import NothingFits
 
 
 def set_up(request):
@@ -27,6 +28,8 @@ def set_up(request):
     intra, inter = request["threads"]
     tf.config.threading.set_intra_op_parallelism_threads(intra)
     tf.config.threading.set_inter_op_parallelism_threads(inter)
+    keras.config.set_floatx(request["floatx"])
+    keras.config.set_image_data_format(request["image_data_format"])
     keras.config.set_dtype_policy(request["global_policy"])
 
 
@@ -67,7 +70,7 @@ def _built(request):
     except Exception as error:
         if exhaustion.is_out_of_memory(error):
             limit = request["limits"]["memory_limit"]
-            raise ValueError(
+            raise NothingFits(
                 "No batch size fits: not even the weights do. Received: "
                 f"memory_limit={limit}. Raise it, or use a smaller model."
             ) from error

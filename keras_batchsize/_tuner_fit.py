@@ -8,12 +8,13 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
 
-# Errors of the memory probe, and of halving micro-batches. They are ordinary
-# errors of a configuration elsewhere; in a search they are a matter of a trial.
-_NOTHING_LEFT = ("No batch size fits", "One example must fit into memory")
+# The error of halving micro-batches, an ordinary one of a configuration
+# elsewhere; in a search it is a matter of a trial, as that of the probe is.
+_NOTHING_LEFT = "One example must fit into memory"
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def ran_out(error):
         error: What a trial raised: the error of a device, or what was made of
             it when nothing was left to try.
     """
-    if str(error).startswith(_NOTHING_LEFT):
+    if isinstance(error, NothingFits) or str(error).startswith(_NOTHING_LEFT):
         return True
     while error is not None and not is_out_of_memory(error):
         error = error.__cause__ or error.__context__

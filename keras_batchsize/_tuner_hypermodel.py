@@ -81,10 +81,11 @@ class AdaptiveHyperModel(keras_tuner.HyperModel):
         penalty: Objective of a trial without a finite one. None for twice the
             budget of the target, or the value of an untrained model.
         memory_probe: Whether the largest batch that fits is looked for before
-            training, once per kind of model (shapes of the weights, dtype
-            policy), and caps the sizes. "auto" for on accelerators only; True,
-            False, or a function `probe(model, x, y)` that returns the largest
-            batch size or a `BatchProfile`.
+            training, once per kind of model (its configuration, how it is
+            compiled, the shapes of its data; not names, seeds and rates), and
+            caps the sizes. "auto" for on accelerators only; True, False, or a
+            function `probe(model, x, y)` that returns the largest batch size
+            or a `BatchProfile`.
         name: Name of the hypermodel.
         tunable: As in `keras_tuner.HyperModel`.
 

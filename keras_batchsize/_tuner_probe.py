@@ -1,5 +1,9 @@
 """The largest batch that fits memory, looked for once per kind of model."""
 
+import keras
+import tensorflow as tf
+
+from keras_batchsize import _memory_key
 from keras_batchsize import memory
 
 
@@ -41,13 +45,11 @@ class CachedProbe:
             memory.on_accelerator() and memory.can_be_read_twice(x)
         ):
             return None
-        # The memory of a batch follows from these. A model that is not built
-        # yet does not show its weights.
-        shapes = tuple(tuple(one.shape) for one in model.weights)
-        key = shapes, model.dtype_policy.name
-        if shapes and key in self._known:
-            return self._known[key]
-        self._known[key] = self._find(model, x, y, maximum)
+        key = _key_of(model, x, y, maximum)
+        if key is None:
+            return self._find(model, x, y, maximum)
+        if key not in self._known:
+            self._known[key] = self._find(model, x, y, maximum)
         return self._known[key]
 
     def _find(self, model, x, y, maximum):
@@ -58,3 +60,30 @@ class CachedProbe:
                 model, x, y, maximum=maximum, accumulates=True
             )
         return int(getattr(found, "max_batch_size", found))
+
+
+def _key_of(model, x, y, maximum):
+    """Returns what tells a probe from others, None where that is not sure."""
+    if not memory.can_be_read_twice(x):
+        return None
+    try:
+        return _memory_key.digest_of(
+            [_memory_key.described(model), _data_of(x, y), maximum]
+        )
+    except _memory_key.NotDescribed:
+        return None
+
+
+def _data_of(x, y):
+    """Describes the examples of data, and how many there are."""
+    if isinstance(x, tf.data.Dataset):
+        return [repr(x.element_spec), int(x.cardinality())]
+    count = None
+    if isinstance(x, keras.utils.PyDataset):
+        count, x = x.num_batches, x[0]
+    leaves = [one for one in keras.tree.flatten((x, y)) if one is not None]
+    try:
+        shapes = [tuple(one.shape) for one in leaves]
+        return [count, *map(str, shapes), *(str(one.dtype) for one in leaves)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _memory_key.NotDescribed(f"data have no shape: {error}")

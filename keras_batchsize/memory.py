@@ -6,6 +6,7 @@ Separation of concerns:
 - `_memory_course.py`: the course of a probe.
 - `_memory_process.py`, `_memory_worker.py`: the same in a child process.
 - `_memory_cache.py`: profiles kept in a folder.
+- `_memory_key.py`, `_memory_code.py`: what tells a model from all others.
 - `_memory_compare.py`: dtype policies side by side.
 - `size_search.py`: which size is tried next. Pure.
 - `_memory_meters.py`, `_memory_host.py`: how memory is read.
@@ -21,8 +22,10 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import exhaustion
+from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize._memory_cache import check_folder
 from keras_batchsize._memory_cache import load
 from keras_batchsize._memory_cache import path_of
 from keras_batchsize._memory_compare import compared
@@ -30,6 +33,7 @@ from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_examples import can_be_read_twice
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_limits import Limits
+from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
@@ -108,7 +112,9 @@ def find_max_batch_size(
             be probed, or not even the smallest batch fits.
     """
     limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
+    check_folder(cache)
     check_probed(model)
+    limits.check_replicas(replicas.count(model))
     _check_weights(model, limits)
     with kept_random_states():
         examples = read_examples(model, x, y, sample_weight)
@@ -116,8 +122,10 @@ def find_max_batch_size(
     if cache is not None:
         device = ", ".join(devices_of(model))
         build_layers(model, examples.one)
-        path = path_of(cache, model, examples, limits, device, accumulates)
-        known = load(path)
+        path = path_of(
+            cache, model, examples, limits, isolation, device, accumulates
+        )
+        known = path and load(path)
         if known is not None:
             return known
     run = probe_in_process if isolation else probe
@@ -205,7 +213,7 @@ def _check_weights(model, limits):
     needed = exhaustion.bytes_of(exhaustion.variables_of(model))
     usable = (limits.memory_limit or math.inf) * (1.0 - limits.safety_margin)
     if needed >= usable:
-        raise ValueError(
+        raise NothingFits(
             "`memory_limit` must leave room for a batch: weights, optimizer "
             f"slots and metrics alone take {megabytes(needed)} MB, of which "
             f"{megabytes(usable)} MB may be used. Received: "

@@ -156,3 +156,16 @@ def test_plot_without_memory():
         usable_bytes=None,
     )
     assert len(found.plot().axes) == 2
+
+
+def test_plot_shows_a_limit_that_was_given_where_memory_is_not_measured():
+    failed = row(8, False, peak_bytes=None, step_seconds=None)
+    found = profile(
+        rows=[row(1, peak_bytes=None), row(4, peak_bytes=None), failed],
+        max_batch_size=4,
+        usable_bytes=None,
+    )
+    memory, _ = found.plot().axes
+    labels = [text.get_text() for text in memory.get_legend().get_texts()]
+    assert "limit" in labels and "margin" not in labels
+    assert "not measured" in str(found)

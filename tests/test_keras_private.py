@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 import pathlib
+import random
 
 import comparing
 import keras
@@ -17,6 +18,8 @@ import pytest
 import tensorflow as tf
 from comparing import compiled
 from comparing import dense
+from keras.src.backend.common import global_state as keras_globals
+from keras.src.utils import rng_utils
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -78,15 +81,19 @@ ATTRIBUTES = {
     "_padded_shapes": "in_order",
     "_padding_values": "in_order",
     "_predicate": "in_order",
-    "_rng": "global_state",
-    "_seed": "shuffle_seeds",
+    "_rng": "global_state and states_kept",
+    "_seed": "shuffle_seeds and states_kept",
     "_seed2": "shuffle_seeds",
     "_symbolic_build": "build_symbolically",
     "_value_specs": "built_from_specs",
 }
 
 
-FILES = ("keras_private.py", "_keras_private_datasets.py")
+FILES = (
+    "keras_private.py",
+    "_keras_private_datasets.py",
+    "_keras_private_random.py",
+)
 
 
 def user(name):
@@ -704,6 +711,50 @@ def test_names_and_global_seeds_are_global_attributes():
     )
     assert keras_private.global_seeds(keras_private.global_state()) == []
     assert value.shape == (2,)
+
+
+def drawn():
+    return [
+        random.random(),
+        np.random.rand(),
+        float(tf.random.uniform(())),
+        float(keras.random.uniform(())),
+    ]
+
+
+def test_random_states_are_those_before_a_seed_was_set():
+    from keras_batchsize import _keras_private_random
+
+    keras.utils.set_random_seed(3)
+    drawn()
+    expected = drawn()
+    keras.utils.set_random_seed(3)
+    drawn()
+    with pytest.raises(KeyboardInterrupt):
+        with _keras_private_random.states_kept():
+            keras.utils.set_random_seed(9)
+            drawn()
+            raise KeyboardInterrupt
+    assert drawn() == expected
+    assert rng_utils.get_random_seed() == 3, changed(
+        "global_random_seed", "_keras_private_random.states_kept"
+    )
+
+
+def test_where_no_seed_was_set_none_is_afterwards(monkeypatch):
+    from tensorflow.python.eager import context
+
+    from keras_batchsize import _keras_private_random
+
+    monkeypatch.setattr(context.context(), "_seed", None)
+    monkeypatch.setattr(context.context(), "_rng", None)
+    keras_globals.set_global_attribute("global_random_seed", None)
+    with _keras_private_random.states_kept():
+        keras.utils.set_random_seed(9)
+        assert rng_utils.get_random_seed() == 9
+    assert rng_utils.get_random_seed() is None
+    assert context.context()._seed is None, user("_seed")
+    assert context.context()._rng is None, user("_rng")
 
 
 def lengthened(x):

@@ -1,6 +1,7 @@
 """What takes a process of its own: real allocators, XLA, replicas, workers."""
 
 import json
+import math
 import os
 import pathlib
 import random
@@ -104,7 +105,10 @@ def test_trials_in_a_child_process():
     model = model_of()
     state = random.getstate()
     profile = kb.find_max_batch_size(
-        model, X, Y, isolation=True, memory_limit=300 * 2**20
+        *(model, X, Y),
+        isolation=True,
+        memory_limit=300 * 2**20,
+        time_budget=math.inf,
     )
     assert profile.max_batch_size == 96
     assert profile.reason == "dataset"
@@ -182,6 +186,31 @@ def test_an_error_of_the_child_is_the_one_that_there_would_be_without(
         with pytest.raises(expected, match="no bfloat16 here") as caught:
             kb.find_max_batch_size(of_kind(kind), X, Y, isolation=isolation)
         assert type(caught.value) is expected
+
+
+def test_a_child_process_has_the_settings_of_keras(monkeypatch):
+    seen = []
+
+    def run(folder, limits):
+        request = json.loads((folder / "request.json").read_text("utf-8"))
+        keras.config.set_floatx("float32")
+        keras.config.set_image_data_format("channels_last")
+        _memory_worker.set_up(request)
+        seen.append(keras.config.floatx())
+        seen.append(keras.config.image_data_format())
+        return _memory_worker.answer_to(request, folder)
+
+    monkeypatch.setattr(_memory_process, "_run", run)
+    model = model_of()
+    before = keras.config.floatx(), keras.config.image_data_format()
+    try:
+        keras.config.set_floatx("float64")
+        keras.config.set_image_data_format("channels_first")
+        kb.find_max_batch_size(model, X, Y, isolation=True)
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_image_data_format(before[1])
+    assert seen == ["float64", "channels_first"]
 
 
 def test_a_policy_that_does_not_run_in_a_child_process_says_so():

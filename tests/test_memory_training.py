@@ -289,6 +289,7 @@ class OnlyFloat32(keras.layers.Layer):
         TypeError("no such type"),
         # As TensorFlow says that there is no kernel, or no such attribute.
         tf.errors.InvalidArgumentError(None, None, "No OpKernel"),
+        tf.errors.NotFoundError(None, None, "Could not find device"),
         tf.errors.UnimplementedError(None, None, "no such type"),
     ],
     ids=lambda error: type(error).__name__,
@@ -314,11 +315,133 @@ def test_a_policy_that_does_not_run_ends_no_comparison(error, when):
     assert found.recommended is None
 
 
+@pytest.fixture
+def limited(monkeypatch):
+    """Returns a function that says how many bytes each policy may have."""
+
+    def limit(limits):
+        monkeypatch.setattr(
+            memory,
+            "meter_for",
+            lambda model: FakeMeter(
+                limits[model.layers[1].dtype_policy.name], slope=1000
+            ),
+        )
+        monkeypatch.setattr(memory, "Workload", FakeWorkload)
+        return kb.compare_dtype_policies(
+            *(build, *comparing.regression(64)), policies=[*limits]
+        )
+
+    return limit
+
+
+def test_a_policy_that_does_not_fit_is_a_line(limited):
+    found = limited({"float32": 10**9, "mixed_bfloat16": 900})
+    first, second = found.results
+    assert first.profile.max_batch_size == 64 and first.agrees
+    assert second.profile is None and not second.agrees
+    assert second.note.startswith("No batch size fits: a batch of 1 ")
+    assert "Received" not in second.note
+    assert second.note in str(found)
+    assert found.recommended is None
+
+
+def test_policies_are_compared_where_the_first_does_not_fit(limited):
+    names = "float32", "mixed_bfloat16", "mixed_float16"
+    found = limited(dict(zip(names, (900, 10**9, 10**9))))
+    assert [one.profile is None for one in found.results] == [True, 0, 0]
+    # With each other.
+    assert [one.agrees for one in found.results] == [False, True, True]
+    assert found.recommended is None
+    assert "mixed_bfloat16, mixed_float16" in found.reason
+    nothing = limited(dict.fromkeys(names, 900))
+    assert nothing.recommended is None
+    assert not any(one.agrees for one in nothing.results)
+    assert len(str(nothing).splitlines()) == 6
+
+
+def test_a_model_that_cannot_be_held_is_a_line():
+    def build_with_layer():
+        error = tf.errors.ResourceExhaustedError(None, None, "OOM")
+        inputs = keras.Input((comparing.FEATURES,))
+        hidden = OnlyFloat32(error, "made")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", "mse")
+        return model
+
+    found = kb.compare_dtype_policies(
+        *(build_with_layer, *comparing.regression(16)),
+        policies=["float32", "mixed_bfloat16"],
+        maximum=16,
+    )
+    assert found.results[1].note == "does not fit: ResourceExhaustedError"
+
+
+def test_losses_are_compared_on_no_more_examples_than_fit(
+    limited, monkeypatch
+):
+    sizes = []
+    train_on_batch = keras.Model.train_on_batch
+
+    def noted(self, x, *arguments, **options):
+        sizes.append(len(x))
+        return train_on_batch(self, x, *arguments, **options)
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", noted)
+    found = limited(
+        {"float32": 12_000, "mixed_bfloat16": 9000, "mixed_float16": 10**9}
+    )
+    first, smaller, larger = found.results
+    assert first.profile.max_batch_size < 32
+    assert set(sizes) == {first.profile.max_batch_size}
+    assert first.agrees and larger.agrees
+    assert smaller.profile.max_batch_size < first.profile.max_batch_size
+    assert not smaller.agrees and "not compared" in str(found)
+
+
+def test_random_states_are_as_before():
+    kb.compare_dtype_policies(
+        *(with_dropout, *comparing.regression(16)),
+        policies=["float32", "mixed_bfloat16"],
+        maximum=16,
+    )
+    got = float(tf.random.uniform(())), float(keras.random.uniform(()))
+    keras.utils.set_random_seed(0)
+    expected = float(tf.random.uniform(())), float(keras.random.uniform(()))
+    assert got == expected
+
+
+def outcome_of(policy, losses):
+    return _memory_compare.PolicyResult(policy, None, losses, False)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "tolerance"),
+    [
+        ("float32", "float64", 16 * 2**-23),
+        ("float32", "mixed_float16", 16 * 2**-10),
+        ("float32", "mixed_bfloat16", 16 * 2**-7),
+        # The coarser decides, wherever it stands.
+        ("mixed_bfloat16", "float32", 16 * 2**-7),
+        ("float32", "float8_from_float32", 0.25),
+        ("float32", "float8_from_mixed_bfloat16", 0.25),
+        ("float32", "float8_from_mixed_float16", 0.25),
+    ],
+)
+def test_losses_agree_up_to_the_coarser_rounding(first, second, tolerance):
+    reference = outcome_of(first, (1.0,))
+    for part, agrees in ((0.99, True), (1.01, False)):
+        other = outcome_of(second, (1.0 + part * tolerance,))
+        assert _memory_compare._agree(other, reference, 0.0) == agrees
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.6])
 def test_losses_agree_up_to_rounding_and_other_seeds(spread):
     def agree(*losses):
         return _memory_compare._agree(
-            losses, (1.0, 2.0), spread, "mixed_bfloat16"
+            outcome_of("mixed_bfloat16", losses),
+            outcome_of("float32", (1.0, 2.0)),
+            spread,
         )
 
     assert agree(1.1, 2.1)
@@ -349,6 +472,29 @@ def test_recommends_what_pays_or_nothing(other, recommended):
     )
     assert name == recommended
     assert ("None pays" in reason) == (recommended is None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "fits", "recommended"),
+    [
+        ("host memory", True, "mixed"),
+        ("trials", False, "mixed"),
+        # Not one that was too large: who knows what ended it.
+        ("trials", True, None),
+        ("dataset", True, None),
+        ("time", True, None),
+    ],
+)
+def test_larger_batches_pay_where_memory_of_any_kind_is_scarce(
+    reason, fits, recommended
+):
+    first = result("float32", 10, 10, reason=reason)
+    row = ProfileRow(99, 99_000, None, None, fits)
+    first.profile.rows.append(row)
+    name, _ = _memory_compare._recommendation(
+        [first, result("mixed", 20, 10)]
+    )
+    assert name == recommended
 
 
 def test_comparison_refuses_what_it_cannot_compare():

@@ -316,6 +316,28 @@ def test_the_probe_is_shown_as_table_picture_and_memory(tmp_path):
         assert tags.IMAGE_PROBE in read.plugin("images")
 
 
+def test_a_picture_that_cannot_be_drawn_ends_no_training(tmp_path):
+    class Undrawable(BatchProfile):
+        def plot(self, to_file=None):
+            raise ValueError("no such colour")
+
+    rows = [ProfileRow(8, 2**20, None, 1e-3, True)]
+
+    class Probed(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            controller = self.model.train_function.controller
+            if controller.profile is None:
+                controller.expect(Undrawable(rows, 8, "memory"))
+
+    with pytest.warns(RuntimeWarning, match="no such colour.*goes on"):
+        fit([dynamic(), kb.BatchSizeTensorBoard(tmp_path), Probed()])
+
+    read = Run(tmp_path / "batch_size")
+    assert len(read.strings(tags.TEXT_PROBE)) == 1
+    # What comes after it is there, too.
+    assert len(read.scalars("memory/peak_bytes")[1]) > 1
+
+
 def hparams_of(folder):
     """Returns the settings that TensorBoard's own parser reads."""
     starts = [

@@ -658,6 +658,48 @@ def test_nothing_is_probed_on_a_processor():
     assert CachedProbe(False).limit(model, X, Y, 64) is None
 
 
+def images_model(strides=1, optimizer="sgd", side=8, rate=0.1):
+    model = keras.Sequential(
+        [
+            keras.Input((side, side, 1)),
+            keras.layers.Conv2D(2, 3, strides=strides),
+            keras.layers.Dropout(rate),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(optimizer, "mse")
+    return model
+
+
+def test_a_probe_serves_only_models_that_take_the_same_memory():
+    from keras_batchsize._tuner_probe import CachedProbe
+
+    probe = Probe(8)
+    cached = CachedProbe(probe)
+
+    def calls(x=np.zeros((32, 8, 8, 1)), maximum=64, **settings):
+        """Returns how often the probe was run for a model, made twice."""
+        before = len(probe.calls)
+        for _ in range(2):
+            model = images_model(**settings)
+            assert cached.limit(model, x, np.zeros(len(x)), maximum) == 8
+        return len(probe.calls) - before
+
+    assert calls() == 1
+    # Neither name, seed nor rate takes memory.
+    assert calls(rate=0.4) == 0
+    assert calls(optimizer=keras.optimizers.SGD(0.5)) == 0
+    # Their weights have the same shapes.
+    assert calls(strides=2) == 1
+    assert calls(optimizer="adam") == 1
+    assert calls(side=16, x=np.zeros((32, 16, 16, 1))) == 1
+    assert calls(side=None, x=np.zeros((32, 16, 16, 1))) == 1
+    assert calls(side=None) == 1
+    assert calls(x=np.zeros((16, 8, 8, 1))) == 1
+    assert calls(maximum=32) == 1
+
+
 def test_the_real_probe_is_asked_on_demand(tmp_path):
     tuner = search(
         tmp_path,
