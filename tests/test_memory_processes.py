@@ -201,6 +201,10 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
         return _memory_worker.answer_to(request, folder)
 
     monkeypatch.setattr(_memory_process, "_run", run)
+    for name in ("intra", "inter"):
+        # Too late in this process, which has begun to compute.
+        setter = f"set_{name}_op_parallelism_threads"
+        monkeypatch.setattr(tf.config.threading, setter, lambda _: None)
     model = model_of()
     before = keras.config.floatx(), keras.config.image_data_format()
     try:

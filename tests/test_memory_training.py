@@ -400,13 +400,14 @@ def test_losses_are_compared_on_no_more_examples_than_fit(
 
 
 def test_random_states_are_as_before():
+    keras.utils.set_random_seed(5)
     kb.compare_dtype_policies(
         *(with_dropout, *comparing.regression(16)),
         policies=["float32", "mixed_bfloat16"],
         maximum=16,
     )
     got = float(tf.random.uniform(())), float(keras.random.uniform(()))
-    keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(5)
     expected = float(tf.random.uniform(())), float(keras.random.uniform(()))
     assert got == expected
 
