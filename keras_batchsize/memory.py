@@ -101,7 +101,8 @@ def find_max_batch_size(
             can be built again from their configuration.
         cache: Folder in which profiles are kept and looked up by model,
             compile settings, dtype policies, data, device and limits; None
-            to probe always.
+            to probe always. A model that cannot be told from others for sure
+            is always probed, with a warning.
 
     Returns:
         A `BatchProfile`.

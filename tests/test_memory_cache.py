@@ -197,6 +197,34 @@ def test_a_subclassed_model_is_told_by_what_its_code_uses():
         digest(subclassed(64, object()))
 
 
+class OwnCompile(Subclassed):
+    """Keras has a configuration of it, but not of how it is compiled."""
+
+    def compile(self, critic, rounds, **options):
+        super().compile(**options)
+        self.critic, self.rounds = critic, rounds
+
+    def train_step(self, data):
+        for _ in range(self.rounds):
+            self.critic.build(self.trainable_variables)
+        return super().train_step(data)
+
+    def get_config(self):
+        return {"step": self.step}
+
+
+def test_what_an_own_compile_takes_makes_another_model():
+    def of(critic, rounds=1):
+        model = OwnCompile(64)
+        model.compile(critic(), rounds, optimizer="sgd", loss="mse")
+        return digest(model)
+
+    base = of(keras.optimizers.Adam)
+    assert of(keras.optimizers.Adam) == base
+    assert of(keras.optimizers.SGD) != base
+    assert of(keras.optimizers.Adam, 2) != base
+
+
 def make_class(factor):
     class Scaled(keras.layers.Layer):
         def call(self, x):
