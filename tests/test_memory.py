@@ -273,6 +273,23 @@ def test_all_that_an_epoch_runs_must_fit(what, times, note):
     assert {row.note for row in larger} >= {note} - {""}
 
 
+def test_sums_of_gradients_must_fit_where_xla_compiles_them():
+    # Compiled for the answer only: of 7600 updates fit, sums do not.
+    meter = FakeMeter(
+        2 * MB, 0.2 * MB, slope=200, slopes={"sums": 1.1 * 200}
+    )
+    model = make_dense()
+    model.jit_compile = True
+    limits = {"start": 7600, "maximum": 7600, "safety_margin": 0.1}
+    profile = probe(meter, model, math.inf, **limits)
+    assert profile.jit_compile
+    assert profile.rows[-1].note == "over the margin"
+    size = profile.max_batch_size
+    assert 0.85 * 7600 / 1.1 <= size <= 8000 / 1.1
+    sums = [count for what, count in meter.ran if what == "sums"]
+    assert sums == [7600, size]
+
+
 @pytest.mark.parametrize(
     ("times", "note"), [(4.0, "over the margin"), (10.0, "out of memory")]
 )

@@ -132,6 +132,11 @@ def prepared(policy, jit_compile, built, warm, eager=False):
     return model
 
 
+def compiled_by_xla(policy, built, warm):
+    """A case that takes more than ten seconds."""
+    return pytest.param(policy, True, built, warm, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("policy", "jit_compile", "built", "warm"),
     [
@@ -141,12 +146,12 @@ def prepared(policy, jit_compile, built, warm, eager=False):
         ("mixed_float16", False, True, True),
         ("mixed_bfloat16", False, True, False),
         ("mixed_bfloat16", False, True, True),
-        ("float32", True, True, False),
-        ("float32", True, False, True),
-        ("mixed_float16", True, True, False),
-        ("mixed_float16", True, True, True),
-        ("mixed_bfloat16", True, False, False),
-        ("mixed_bfloat16", True, True, True),
+        compiled_by_xla("float32", built=True, warm=False),
+        compiled_by_xla("float32", built=False, warm=True),
+        compiled_by_xla("mixed_float16", built=True, warm=False),
+        compiled_by_xla("mixed_float16", built=True, warm=True),
+        compiled_by_xla("mixed_bfloat16", built=False, warm=False),
+        compiled_by_xla("mixed_bfloat16", built=True, warm=True),
     ],
 )
 def test_training_after_a_probe_is_training_without(
