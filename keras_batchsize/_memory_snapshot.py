@@ -7,7 +7,6 @@ custom `train_step`, tables, the position of iterators, and TensorFlow's own
 random operations where they run eagerly (each seed has a kernel that counts).
 """
 
-import contextlib
 import random
 
 import numpy as np
@@ -16,31 +15,6 @@ from keras_batchsize import _memory_host
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize._batch_profile_text import megabytes
-
-
-class _RandomStates:
-    """The global random states and name counters at one moment."""
-
-    def __init__(self):
-        self._random = random.getstate()
-        self._numpy = np.random.get_state()
-        self.keras = keras_private.global_state()
-
-    def restore(self):
-        """Puts them back; values of variables apart."""
-        random.setstate(self._random)
-        np.random.set_state(self._numpy)
-        keras_private.set_global_state(self.keras)
-
-
-@contextlib.contextmanager
-def kept_random_states():
-    """Keeps random states: what reads data may draw from them."""
-    states = _RandomStates()
-    try:
-        yield
-    finally:
-        states.restore()
 
 
 class Snapshot:
@@ -55,7 +29,9 @@ class Snapshot:
 
     def __init__(self, model):
         self._model = model
-        self._states = _RandomStates()
+        self._random = random.getstate()
+        self._numpy = np.random.get_state()
+        self._keras = keras_private.global_state()
         self._values = []
         self._known = set()
 
@@ -67,7 +43,7 @@ class Snapshot:
                 grant it all the same, and end the process later.
         """
         variables = exhaustion.variables_of(self._model)
-        variables += keras_private.global_seeds(self._states.keras)
+        variables += keras_private.global_seeds(self._keras)
         new = [one for one in variables if id(one) not in self._known]
         parts = [part for one in new for part in exhaustion.components(one)]
         _check_room(exhaustion.bytes_of(parts))
@@ -94,7 +70,9 @@ class Snapshot:
     def restore(self):
         """Puts everything back."""
         self.restore_values()
-        self._states.restore()
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
+        keras_private.set_global_state(self._keras)
 
 
 def _check_room(needed):

@@ -21,6 +21,7 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _keras_private_random
 from keras_batchsize import exhaustion
 from keras_batchsize import replicas
 from keras_batchsize import requirements
@@ -37,7 +38,6 @@ from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
-from keras_batchsize._memory_snapshot import kept_random_states
 from keras_batchsize._memory_workload import Workload
 from keras_batchsize._memory_workload import build_layers
 
@@ -117,7 +117,7 @@ def find_max_batch_size(
     check_probed(model)
     limits.check_replicas(replicas.count(model))
     _check_weights(model, limits)
-    with kept_random_states():
+    with _keras_private_random.states_kept():
         examples = read_examples(model, x, y, sample_weight)
     path = None
     if cache is not None:
