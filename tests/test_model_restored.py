@@ -395,12 +395,16 @@ def test_a_model_left_behind_can_be_saved_and_compiled(train, tmp_path):
     model.fit(X, Y, BASE, verbose=0)
 
 
-def test_momentum_is_put_in_order_by_the_next_fit():
-    # Interrupted at a rate multiplied by 4, which the velocity holds.
-    model, _ = interrupted(by_callbacks, "on_epoch_end", "linear")
+@pytest.mark.parametrize(
+    ("hook", "factor"), [("on_train_batch_end", 4), ("on_epoch_end", 1)]
+)
+def test_momentum_is_put_in_order_by_the_next_fit(hook, factor):
+    # Interrupted at a rate multiplied by 4, which the velocity holds until the
+    # end of an epoch.
+    model, _ = interrupted(by_callbacks, hook, "linear")
     twin = twin_of(model)
     for slot in twin.optimizer.momentums:
-        slot.assign(slot / 4)
+        slot.assign(slot / factor)
 
     for one in (model, twin):
         one.fit(X, Y, BASE, shuffle=False, verbose=0)
