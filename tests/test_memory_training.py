@@ -281,6 +281,23 @@ class OnlyFloat32(keras.layers.Layer):
             raise self.error
 
 
+def compared_where_one_fails(error, when):
+    """Compares two policies, of which the second raises an error."""
+
+    def build_with_layer():
+        inputs = keras.Input((comparing.FEATURES,))
+        hidden = OnlyFloat32(error, when)(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        model.compile("sgd", "mse")
+        return model
+
+    return kb.compare_dtype_policies(
+        *(build_with_layer, *comparing.regression(16)),
+        policies=["float32", "mixed_bfloat16"],
+        maximum=16,
+    )
+
+
 @pytest.mark.parametrize("when", ["made", "run"])
 @pytest.mark.parametrize(
     "error",
@@ -295,18 +312,7 @@ class OnlyFloat32(keras.layers.Layer):
     ids=lambda error: type(error).__name__,
 )
 def test_a_policy_that_does_not_run_ends_no_comparison(error, when):
-    def build_with_layer():
-        inputs = keras.Input((comparing.FEATURES,))
-        hidden = OnlyFloat32(error, when)(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-        model.compile("sgd", "mse")
-        return model
-
-    found = kb.compare_dtype_policies(
-        *(build_with_layer, *comparing.regression(16)),
-        policies=["float32", "mixed_bfloat16"],
-        maximum=16,
-    )
+    found = compared_where_one_fails(error, when)
 
     assert found.results[0].profile.max_batch_size == 16
     assert found.results[1].profile is None
@@ -361,19 +367,8 @@ def test_policies_are_compared_where_the_first_does_not_fit(limited):
 
 
 def test_a_model_that_cannot_be_held_is_a_line():
-    def build_with_layer():
-        error = tf.errors.ResourceExhaustedError(None, None, "OOM")
-        inputs = keras.Input((comparing.FEATURES,))
-        hidden = OnlyFloat32(error, "made")(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-        model.compile("sgd", "mse")
-        return model
-
-    found = kb.compare_dtype_policies(
-        *(build_with_layer, *comparing.regression(16)),
-        policies=["float32", "mixed_bfloat16"],
-        maximum=16,
-    )
+    error = tf.errors.ResourceExhaustedError(None, None, "OOM")
+    found = compared_where_one_fails(error, "made")
     assert found.results[1].note == "does not fit: ResourceExhaustedError"
 
 
