@@ -15,7 +15,7 @@ from keras_batchsize import _checks
 # must be room for it to take so many times as long as is expected, too, which
 # matters where a training is too short for many measurements.
 BUDGET = 0.02
-_PLANNED = 0.9
+_PLANNED = 0.8
 _HICCUP = 2.0
 
 # Parts that a superbatch is cut into to measure it. With n parts the spread of
@@ -93,7 +93,7 @@ class MeasuringSchedule:
 
     With a number k, when k updates have passed since the last measurement; a
     superbatch of more is measured once. With "auto", after a first few,
-    when the training time has paid for it: 2 % of it, a tenth of which is
+    when the training time has paid for it: 2 % of it, a fifth of which is
     kept for hiccups, and in a short training as much as one measurement
     costs. One epoch's budget may be spent in advance, since the first
     estimates are worth most; it is paid back later, so that the share
