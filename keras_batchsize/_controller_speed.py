@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from keras_batchsize import throughput
+from keras_batchsize.measuring import PARTS
 from keras_batchsize.measuring import Timings
 
 
@@ -58,6 +59,23 @@ class Speed:
         """Takes in the time of an update at a size."""
         self.timings.add(batch_size, seconds)
         self.fit()
+
+    def most_to_measure(self, batch_size, examples):
+        """Returns what measuring takes at most, by updates of a size.
+
+        A part makes no update, and takes no longer for being smaller.
+
+        Args:
+            batch_size: Examples per update.
+            examples: Integer, how many are measured.
+
+        Returns:
+            Seconds, infinity if no update of the size was timed.
+        """
+        seconds = self.timings.median(batch_size)
+        if seconds is None:
+            return math.inf
+        return max(PARTS, examples / batch_size) * seconds
 
     def fit(self):
         """Fits anew, after the timings or `largest` have changed."""

@@ -91,6 +91,7 @@ _STATE = {
         "_elapsed": _NUMBER,
         "_spent": _NUMBER,
         "_costs": _NUMBERS,
+        "_counts": _NUMBERS,
         "_taken": _COUNT,
         "_updates": _COUNT,
         "_superbatches": _COUNT,
@@ -109,7 +110,7 @@ _STATE = {
 }
 
 # What `set_state` does without, as it was not saved from the start.
-_ADDED_LATER = {"largest_micro_batch_size", "replicas", "expected"}
+_ADDED_LATER = {"largest_micro_batch_size", "replicas", "expected", "_counts"}
 
 
 def check_state(state):

@@ -160,10 +160,10 @@ class Controller:
         """
         if examples != self.superbatch_size or self.measures_for_free:
             return False
-        seconds = self.timings.least(self.batch_size) or 0.0
-        return self.measuring.is_due(
-            self.updates, examples_ahead * seconds / self.batch_size
-        )
+        size, count = self.batch_size, self.examples_to_measure
+        ahead = examples_ahead * (self.timings.least(size) or 0.0) / size
+        most = self.speed.most_to_measure(size, count)
+        return self.measuring.is_due(self.updates, ahead, count, most)
 
     @property
     def examples_to_measure(self):
@@ -216,11 +216,11 @@ class Controller:
     def _book(self, measurement):
         """Books what measuring cost; tracing is no cost of measuring."""
         before = self.updates - measurement.updates
-        cost = measurement.measuring_seconds or None
+        cost, total = measurement.measuring_seconds or None, measurement.seconds
         if measurement.traced:
-            self.measuring.book(before, 0.0, cost and 0.0)
-        else:
-            self.measuring.book(before, measurement.seconds, cost)
+            cost, total = cost and 0.0, 0.0
+        count = sum(norms.examples for norms in measurement.norms[:1])
+        self.measuring.book(before, total, cost, count)
 
     def observe_update(self, norms):
         """Takes in an update made outside of a superbatch, at an epoch's end.

@@ -6,6 +6,7 @@ the estimate of ‖G‖² spreads as φ/examples. Hence rarely, and then on a wh
 superbatch, rather than often on single batches.
 """
 
+import math
 import statistics
 
 from keras_batchsize import _checks
@@ -34,8 +35,7 @@ _REMEMBERED = 15
 _FIRST = 6
 _FIRST_EVERY = 2
 
-# The next measurement is taken for as dear as the dearest of so many. Fewer
-# than the first ones, of which one holds the tracing.
+# The next measurement is taken for as dear as the dearest of so many.
 _COSTS = 5
 
 
@@ -114,18 +114,20 @@ class MeasuringSchedule:
         self.every = every
         self._elapsed = 0.0
         self._spent = 0.0
-        self._costs = []
+        self._costs, self._counts = [], []
         self._taken = 0
         self._updates = 0
         self._superbatches = 0
 
-    def is_due(self, updates, seconds_ahead):
+    def is_due(self, updates, seconds_ahead, examples, most=math.inf):
         """Returns whether to measure the next superbatch.
 
         Args:
             updates: Updates made so far.
             seconds_ahead: Training time whose budget may be spent in advance.
                 Better too little than too much: what is spent is spent.
+            examples: How many examples would be measured.
+            most: Seconds that measuring them takes at most, if that is known.
         """
         if self.every is None:
             return False
@@ -134,19 +136,34 @@ class MeasuringSchedule:
         if self._taken < _FIRST:
             return self._superbatches % _FIRST_EVERY == 1
         budget = BUDGET * (self._elapsed + seconds_ahead)
-        dearest = max(self._costs)
-        if budget - self._spent < _HICCUP * dearest:
+        expected = self._expected(examples, most)
+        if budget - self._spent < _HICCUP * expected:
             return False
-        return _PLANNED * budget - self._spent >= dearest
+        return _PLANNED * budget - self._spent >= expected
 
-    def book(self, updates, seconds, cost):
+    def _expected(self, examples, most):
+        """What measuring so many examples will cost, rather too much.
+
+        As much as it cost of as many or more. Where there was no such, in
+        proportion to less, though time per example falls with their number.
+        """
+        pairs = list(zip(self._costs, self._counts))
+        known = [cost for cost, count in pairs if count >= examples]
+        if known:
+            return max(known)
+        scaled = (cost * examples / count for cost, count in pairs)
+        return min(max(scaled, default=math.inf), most)
+
+    def book(self, updates, seconds, cost, examples=0):
         """Books a superbatch.
 
         Args:
             updates: Updates made before it.
             seconds: Seconds it took in all.
-            cost: Seconds of it that measuring took; None if it was not
-                measured. The first few measurements are not charged.
+            cost: Seconds of it that measuring took, 0 if that is not known;
+                None if it was not measured. The first few measurements are
+                not charged.
+            examples: How many examples were measured.
         """
         self._superbatches += 1
         self._elapsed += seconds
@@ -154,7 +171,9 @@ class MeasuringSchedule:
             return
         self._taken += 1
         self._updates = updates
-        self._costs = [*self._costs, cost][-_COSTS:]
+        if cost > 0.0:
+            self._costs = [*self._costs, cost][-_COSTS:]
+            self._counts = [*self._counts, examples][-_COSTS:]
         if self._taken > _FIRST:
             self._spent += cost
 
@@ -173,4 +192,6 @@ class MeasuringSchedule:
 
     def set_state(self, state):
         """Takes over what `get_state` returned."""
-        vars(self).update(state)
+        vars(self).update({"_counts": [], **state})
+        # An earlier version did not save of how many examples costs were.
+        self._costs = self._costs[: len(self._counts)]

@@ -11,7 +11,15 @@ from keras_batchsize.measuring import MeasuringSchedule
 from keras_batchsize.measuring import Timings
 
 
-def trained(schedule, superbatches, cost, epoch=20, seconds=1.0, updates=8):
+def trained(
+    schedule,
+    superbatches,
+    cost,
+    epoch=20,
+    seconds=1.0,
+    updates=8,
+    examples=lambda index: 64,
+):
     """Runs a training of known costs, and yields whether it measured.
 
     Args:
@@ -21,12 +29,14 @@ def trained(schedule, superbatches, cost, epoch=20, seconds=1.0, updates=8):
         epoch: Superbatches in an epoch.
         seconds: Seconds of training on one.
         updates: Updates in one.
+        examples: Function from the superbatch to the examples measured of it.
     """
     for index in range(superbatches):
         ahead = max(min(epoch, superbatches - index), 1) * seconds
-        measures = schedule.is_due(index * updates, ahead)
+        made, count = index * updates, examples(index)
+        measures = schedule.is_due(made, ahead, count)
         paid = cost(index) if measures else None
-        schedule.book(index * updates, seconds + (paid or 0.0), paid)
+        schedule.book(made, seconds + (paid or 0.0), paid, count)
         yield measures
 
 
@@ -112,9 +122,9 @@ def test_costs_that_change_overdraw_by_one_measurement_at_most():
 def test_a_cheap_measurement_does_not_make_the_next_one_cheap():
     schedule, spent, elapsed, taken = MeasuringSchedule(), 0.0, 0.0, 0
     for index in range(3000):
-        measures = schedule.is_due(index, 0.0)
+        measures = schedule.is_due(index, 0.0, 64)
         cost = (1.0, 0.1)[taken % 2] if measures else None
-        schedule.book(index, 1.0 + (cost or 0.0), cost)
+        schedule.book(index, 1.0 + (cost or 0.0), cost, 64)
         elapsed += 1.0 + (cost or 0.0)
         taken += measures
         spent += cost or 0.0
@@ -122,6 +132,41 @@ def test_a_cheap_measurement_does_not_make_the_next_one_cheap():
             spent = 0.0
         assert spent <= 0.02 * elapsed
     assert taken > 2 * measuring._FIRST
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.1])
+@pytest.mark.parametrize("superbatches", range(60, 300, 8))
+def test_measuring_more_examples_stays_within_the_share(superbatches, fixed):
+    # As the noise scale grows in training, each measurement needs more.
+    counts = [64 * 2 ** (index // 40) for index in range(superbatches)]
+    paid = []
+
+    def cost(index):
+        paid.append(fixed + 0.05 * counts[index] / 64)
+        return paid[-1]
+
+    list(
+        trained(
+            MeasuringSchedule(), superbatches, cost, examples=counts.__getitem__
+        )
+    )
+    spent = sum(paid[measuring._FIRST :])
+    assert 0.0 < spent <= 0.02 * (superbatches + sum(paid))
+
+
+def test_a_measurement_is_as_dear_as_one_of_as_many_examples():
+    schedule = MeasuringSchedule()
+    for _ in range(measuring._FIRST):
+        schedule.book(0, 10.0, 0.01, 64)
+    # 1.2 seconds would pay for one that took 0.6, but a hundred times as many
+    # examples may take 1.0.
+    assert schedule.is_due(0, 0.0, 64)
+    assert not schedule.is_due(0, 0.0, 6400)
+    schedule.book(0, 1.0, 0.1, 6400)
+    assert schedule.is_due(0, 0.0, 6400)
+    assert not schedule.is_due(0, 0.0, 12800)
+    # By the time of updates they cannot take longer than 0.4.
+    assert schedule.is_due(0, 0.0, 12800, most=0.4)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -170,9 +215,9 @@ def test_schedule_resumes_from_json_as_if_uninterrupted(every, cut):
                 text = json.dumps(schedule.get_state(), allow_nan=False)
                 schedule = MeasuringSchedule(every)
                 schedule.set_state(json.loads(text))
-            measures = schedule.is_due(8 * index, 5.0)
+            measures = schedule.is_due(8 * index, 5.0, 64)
             paid = 0.1 if measures else None
-            schedule.book(8 * index, 1.0, paid)
+            schedule.book(8 * index, 1.0, paid, 64)
             taken.append(measures)
         return taken, schedule.share
 
