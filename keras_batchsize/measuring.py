@@ -171,7 +171,7 @@ class MeasuringSchedule:
             return
         self._taken += 1
         self._updates = updates
-        if cost > 0.0:
+        if cost > 0.0 and examples:
             self._costs = [*self._costs, cost][-_COSTS:]
             self._counts = [*self._counts, examples][-_COSTS:]
         if self._taken > _FIRST:
