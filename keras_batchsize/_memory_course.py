@@ -76,6 +76,7 @@ class Course:
         self._started = time.perf_counter()
         self._trials = []
         self._seen, self._most, self._predicted = {}, {}, {}
+        self._finished = set()
         strategy = replicas.strategy_of(model)
         self._workers = None if strategy is None else Workers(strategy)
         # Others may hold memory on the device, too.
@@ -148,7 +149,12 @@ class Course:
             best = size_search.largest_that_fits(self._trials, self._usable)
             if best is None:
                 self._raise_nothing_fits()
-            if self._finishes_epoch(best):
+            if best.batch_size not in self._finished:
+                # A trial far from the margin has made updates only. Where all
+                # else does not fit, the search goes on.
+                trial = self._finish_epoch(best)
+                self._trials[self._trials.index(best)] = best = trial
+            if size_search.fits(best, self._usable):
                 return self._profile(best, reason)
 
     def _check_room(self):
@@ -239,7 +245,7 @@ class Course:
         trial = Trial(size, needed, seconds, False, elapsed, constant)
         if not size_search.is_near(trial, self._usable):
             return trial
-        return self._run_more(trial, lambda: workload.repeat(size))
+        return self._finish_epoch(trial)
 
     def _needed(self, size, peaks, other, rare=()):
         """Returns how many bytes must be there for a size.
@@ -296,12 +302,10 @@ class Course:
                 "`maximum`, a larger `safety_margin`, or give max_batch_size."
             ) from error
 
-    def _finishes_epoch(self, best):
-        """Whether all else that happens at a size fits, too.
-
-        If not, its trial is replaced and the search goes on.
-        """
-        size, workload, tail = best.batch_size, self._workload, 0
+    def _finish_epoch(self, trial):
+        """Runs all else that happens at a size; returns what its trial says."""
+        size, workload, tail = trial.batch_size, self._workload, 0
+        self._finished.add(size)
         if math.isfinite(self._examples.count):
             tail = int(self._examples.count) % size
 
@@ -311,12 +315,6 @@ class Course:
                 other.append(workload.accumulate(size))
             return peaks, rare, other, seconds
 
-        after = self._run_more(best, run)
-        self._trials[self._trials.index(best)] = after
-        return size_search.fits(after, self._usable)
-
-    def _run_more(self, trial, run):
-        """Runs more at a size, and returns what its trial says then."""
         began = time.perf_counter()
         ran = self._or_none(run)
         if ran is None:
@@ -326,7 +324,7 @@ class Course:
         needed = None
         if peaks:
             other = max(other, default=None)
-            needed, _ = self._needed(trial.batch_size, peaks, other, rare)
+            needed, _ = self._needed(size, peaks, other, rare)
         return dataclasses.replace(
             trial,
             peak_bytes=needed,

@@ -31,11 +31,9 @@ _SMALL_BYTES = 2**23
 # Timed calls at one size, after the first; one where a call is long.
 CALLS = 3
 _LONG_SECONDS = 0.15
-# Calls more where a size is near to the margin: peaks of equal steps differ.
-_AGAIN = 2
-# Calls after all else that happens at the size that is to be the answer: so
-# many at least, and up to so many in so many seconds.
-_AFTER, _AFTER_SHORT, _AFTER_SECONDS = 1, 15, 0.5
+# Calls after all else that happens at a size that may be the answer: so many at
+# least, and up to so many in so many seconds. Peaks of equal steps differ.
+_AFTER, _AFTER_SHORT, _AFTER_SECONDS = 2, 15, 0.5
 
 
 class Workload:
@@ -285,31 +283,6 @@ class Workload:
         del held
         return self._meter.peak()
 
-    def repeat(self, size):
-        """Makes a few updates more.
-
-        Args:
-            size: Integer, examples per update.
-
-        Returns:
-            As `finish_epoch`, of which it does nothing else.
-        """
-        self._meter.reset(self.resident_bytes)
-        peaks, seconds = self._repeat(size, self._waiting(size), _AGAIN)
-        return peaks, [], [], seconds
-
-    def _repeat(self, size, data, calls, most=0, enough=0.0):
-        """Makes single updates: `calls`, or `most` within `enough` seconds."""
-        peaks, seconds = [], []
-        while len(seconds) < calls or (
-            len(seconds) < most and sum(seconds) < enough
-        ):
-            seconds.append(
-                self._timed(self._plain, next(data), size, 1)
-            )
-            self._note_peak(peaks)
-        return peaks, min(seconds)
-
     def finish_epoch(self, size, tail):
         """Trains some more, on the ragged last batch, and validates.
 
@@ -333,11 +306,14 @@ class Workload:
         self._note_peak(of_validation)
         # What ran in between leaves memory in other pieces, as it does in an
         # epoch after the first.
-        most = 0 if self._replicated else _AFTER_SHORT
-        peaks, seconds = self._repeat(
-            size, data, _AFTER, most, _AFTER_SECONDS
-        )
-        return peaks, of_tail, of_validation, seconds
+        peaks, seconds = [], []
+        most = _AFTER if self._replicated else _AFTER_SHORT
+        while len(seconds) < _AFTER or (
+            len(seconds) < most and sum(seconds) < _AFTER_SECONDS
+        ):
+            seconds.append(self._timed(self._plain, next(data), size, 1))
+            self._note_peak(peaks)
+        return peaks, of_tail, of_validation, min(seconds)
 
     def _batch(self, examples):
         """Returns a batch, dealt out to the replicas if there are several."""

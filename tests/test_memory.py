@@ -131,13 +131,17 @@ def test_a_size_near_the_margin_is_not_judged_by_its_first_peaks(
     )
     profile = probe(meter, wide(), start=6400, maximum=6400)
     assert profile.max_batch_size == 6400
-    assert meter.sizes == 3 * [6400]  # Its trial, more of it, an epoch's end.
+    assert meter.sizes == 2 * [6400]  # Its trial and an epoch's end.
 
 
-def test_a_size_far_from_the_margin_makes_no_more_updates():
-    meter = FirstPeakMeter(1.1, limit=100 * MB, slope=0.01 * MB)
-    probe(meter, wide(), start=3200, maximum=3200)
-    assert meter.sizes == 2 * [3200]
+@pytest.mark.parametrize(("start", "ends"), [(9000, True), (9400, False)])
+def test_only_near_the_margin_a_rejected_size_ends_an_epoch(start, ends):
+    # Of 85.5 MB 90 are 6 % less than too much, 94 are more.
+    meter = FakeMeter(limit=95 * MB, slope=0.01 * MB)
+    profile = probe(meter, start=start, maximum=start, safety_margin=0.1)
+    assert profile.rows[-1].note == "over the margin"
+    assert profile.rows[-1].batch_size == start
+    assert (("validation", start) in meter.ran) == ends
 
 
 @pytest.mark.parametrize("peaks", [[9.0, 7.0], [7.0, 9.0], [9.0, 7.0, 7.0]])
