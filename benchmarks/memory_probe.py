@@ -137,6 +137,9 @@ def share_of_largest(limit, prepare, size):
     ran = size
     for part in ABOVE:
         larger = math.ceil(part * size)
+        if larger == ran:
+            # Of few examples, 5 % more and 10 % more are the same.
+            continue
         if fewest_steps(limit, prepare, larger) < STEPS:
             # The largest that runs is at least one example smaller.
             least, most = size / (larger - 1), size / ran
