@@ -245,7 +245,10 @@ class Course:
         trial = Trial(size, needed, seconds, False, elapsed, constant)
         if not size_search.is_near(trial, self._usable):
             return trial
-        return self._finish_epoch(trial)
+        if size_search.fits(trial, self._usable):
+            return self._finish_epoch(trial)
+        # Most likely it stays too large, and the rest is not needed.
+        return self._run_more(trial, lambda: workload.repeat(size))
 
     def _needed(self, size, peaks, other, rare=()):
         """Returns how many bytes must be there for a size.
@@ -315,6 +318,10 @@ class Course:
                 other.append(workload.accumulate(size))
             return peaks, rare, other, seconds
 
+        return self._run_more(trial, run)
+
+    def _run_more(self, trial, run):
+        """Runs more at a size, and returns what its trial says then."""
         began = time.perf_counter()
         ran = self._or_none(run)
         if ran is None:
@@ -324,7 +331,7 @@ class Course:
         needed = None
         if peaks:
             other = max(other, default=None)
-            needed, _ = self._needed(size, peaks, other, rare)
+            needed, _ = self._needed(trial.batch_size, peaks, other, rare)
         return dataclasses.replace(
             trial,
             peak_bytes=needed,

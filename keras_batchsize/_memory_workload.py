@@ -31,9 +31,9 @@ _SMALL_BYTES = 2**23
 # Timed calls at one size, after the first; one where a call is long.
 CALLS = 3
 _LONG_SECONDS = 0.15
-# Calls after all else that happens at a size that may be the answer: so many at
-# least, and up to so many in so many seconds. Peaks of equal steps differ.
-_AFTER, _AFTER_SHORT, _AFTER_SECONDS = 2, 15, 0.5
+# Calls more at a size near the margin, as peaks of equal steps differ; where
+# calls are short, up to so many in so many seconds.
+_MORE, _MORE_SHORT, _MORE_SECONDS = 2, 15, 0.5
 
 
 class Workload:
@@ -283,8 +283,32 @@ class Workload:
         del held
         return self._meter.peak()
 
+    def repeat(self, size):
+        """Makes a few updates more.
+
+        Args:
+            size: Integer, examples per update.
+
+        Returns:
+            As `finish_epoch`, of which it does nothing else.
+        """
+        self._meter.reset(self.resident_bytes)
+        peaks, seconds = self._repeat(size, self._waiting(size))
+        return peaks, [], [], seconds
+
+    def _repeat(self, size, data):
+        """Makes single updates: returns their peaks, and the fewest seconds."""
+        peaks, seconds = [], []
+        most = _MORE if self._replicated else _MORE_SHORT
+        while len(seconds) < _MORE or (
+            len(seconds) < most and sum(seconds) < _MORE_SECONDS
+        ):
+            seconds.append(self._timed(self._plain, next(data), size, 1))
+            self._note_peak(peaks)
+        return peaks, min(seconds)
+
     def finish_epoch(self, size, tail):
-        """Trains some more, on the ragged last batch, and validates.
+        """Trains on the ragged last batch, validates, and trains some more.
 
         Args:
             size: Integer, examples per update.
@@ -306,14 +330,8 @@ class Workload:
         self._note_peak(of_validation)
         # What ran in between leaves memory in other pieces, as it does in an
         # epoch after the first.
-        peaks, seconds = [], []
-        most = _AFTER if self._replicated else _AFTER_SHORT
-        while len(seconds) < _AFTER or (
-            len(seconds) < most and sum(seconds) < _AFTER_SECONDS
-        ):
-            seconds.append(self._timed(self._plain, next(data), size, 1))
-            self._note_peak(peaks)
-        return peaks, of_tail, of_validation, min(seconds)
+        peaks, seconds = self._repeat(size, data)
+        return peaks, of_tail, of_validation, seconds
 
     def _batch(self, examples):
         """Returns a batch, dealt out to the replicas if there are several."""
