@@ -93,10 +93,11 @@ class Goodput(BatchSizePolicy):
 class NoiseScale(BatchSizePolicy):
     """A fixed multiple of the noise scale, B = factor·φ.
 
-    McCandlish et al. 2018 (arXiv:1812.06162), Sec. 2.2: at B = φ training
-    needs twice the examples and twice the updates of the respective minimum.
-    On image classifiers φ was 2 to 8 times the measured critical batch size
-    (their Table 1), which speaks for a factor below one there.
+    McCandlish et al. 2018 (arXiv:1812.06162), φ by their eq. 2.9: at B = φ
+    training needs twice the examples and twice the updates of the respective
+    minimum (their eqs. 2.11 and 2.12). On image classifiers φ was 2 to 8 times
+    the measured critical batch size (their Table 1), which speaks for a factor
+    below one there.
 
     Args:
         factor: Batch size in units of the noise scale.
