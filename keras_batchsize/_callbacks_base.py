@@ -1,5 +1,6 @@
 """What the callbacks share."""
 
+from keras_batchsize import scaling
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
 
@@ -25,7 +26,7 @@ def settings_of(function):
     controller = function.controller
     return {
         "policy": repr(controller.policy),
-        "learning_rate_scaling": function.rule.__name__,
+        "learning_rate_scaling": scaling.name_of(function.rule),
         "base_batch_size": controller.ladder.base,
         "superbatch_size": controller.superbatch_size,
         "min_batch_size": controller.ladder.sizes[0],

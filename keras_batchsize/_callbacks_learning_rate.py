@@ -5,6 +5,7 @@ import keras
 from keras_batchsize import _checks
 from keras_batchsize import learning_rate
 from keras_batchsize import policies
+from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize._callbacks_base import train_function_of
@@ -125,8 +126,10 @@ class LearningRateScaling(keras.callbacks.Callback):
                 f"batch_size={size}, and batches of {examples} examples. Use "
                 f"LearningRateScaling(..., batch_size={examples})."
             )
+        number = replicas.count(self.model)
+        ladder = Ladder(size, size, size, replicas=number)
         return Controller(
-            policies.Fixed(), Ladder(size, size, size), size, None
+            policies.Fixed(), ladder, size, None, replicas=number
         )
 
     def on_epoch_end(self, epoch, logs=None):

@@ -139,14 +139,37 @@ def _test_function(model):
         return model.get_metrics_result()
 
     if model.run_eagerly:
-        return lambda iterator: test_on(next(iterator))
+        return _on_several(model, test_on)
     traced = tf.function(test_on, reduce_retracing=True, autograph=False)
 
-    def test_on_next(iterator):
-        data = next(iterator)
+    def test_on_traced(data):
         if not traced.experimental_get_tracing_count():
             # For any number of examples: the last batch has fewer.
             traced.get_concrete_function(shares.specs(data))
         return traced(data)
+
+    return _on_several(model, test_on_traced)
+
+
+def _on_several(model, test_on):
+    """Tests on as many batches as Keras expects of a call, its "execution".
+
+    Args:
+        model: A compiled Keras model.
+        test_on: Function from a batch to the logs.
+
+    Returns:
+        Function from an iterator to the last logs, which count all batches.
+    """
+
+    def test_on_next(iterator):
+        logs = test_on(next(iterator))
+        for _ in range(1, model.steps_per_execution):
+            try:
+                data = next(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+            logs = test_on(data)
+        return logs
 
     return test_on_next

@@ -84,7 +84,8 @@ class ReplicaGraphs:
         """How many graphs have been traced so far."""
         if self._eager:
             return 0
-        functions = self._whole_loop, self._sum, self._measure
+        # All that is called from Python, but for what a first sum needs, too.
+        functions = self._whole_loop, self._sum, self._apply, self._measure
         return sum(
             function.experimental_get_tracing_count() for function in functions
         )

@@ -6,6 +6,7 @@ updates of B examples. To add a rule, write the function and list it in
 `RULES`.
 """
 
+import functools
 import math
 
 from keras_batchsize import _checks
@@ -114,6 +115,18 @@ def get(rule, auto, name="learning_rate_scaling"):
         "it names how the rate follows the batch size",
     )
     return RULES[auto if rule == "auto" else rule]
+
+
+def name_of(rule):
+    """Returns what to call a rule, for messages and the report.
+
+    Args:
+        rule: What `get` returned: any callable, so that it may be without a
+            name of its own.
+    """
+    if isinstance(rule, functools.partial):
+        return name_of(rule.func)
+    return getattr(rule, "__name__", type(rule).__name__)
 
 
 def warmed_up(factor, progress):

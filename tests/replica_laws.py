@@ -727,7 +727,7 @@ def what_accelerators_get_is_one_device(strategy):
 
 
 def traces(make_model, sizes):
-    """Returns how many loops are traced while the size changes per epoch."""
+    """Returns how many graphs are traced while the size changes per epoch."""
     made = []
 
     class Remembered(ReplicaGraphs):
@@ -761,8 +761,29 @@ def traces_do_not_grow_with_size_changes(strategy):
     few = traces(make_model, [12, 12, 12, 96, 96, 96])
     many = traces(make_model, [12, 24, 96, 48, 192, 12, 96, 24])
     # There are two loops, of updates and of micro-batches, each for any number
-    # of examples.
-    assert few == many == 2, (few, many)
+    # of examples, and the update that sums of micro-batches make.
+    assert few == many == 3, (few, many)
+
+
+@law(2)
+def a_superbatch_that_traces_is_not_timed(strategy):
+    """An update of two superbatches: the second of them traces it."""
+    traced = []
+
+    class Seen(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            last = self.model.train_function.controller.last
+            traced.append((last.traced, last.timing.updates == 0))
+
+    adaptive(
+        under(strategy, momentum()),
+        *comparing.regression(4 * comparing.SUPERBATCH),
+        policy=BatchSizeSchedule({0: 2 * comparing.SUPERBATCH}),
+        max_batch_size=2 * comparing.SUPERBATCH,
+        epochs=1,
+        callbacks=[Seen()],
+    )
+    assert traced == 2 * [(True, True)] + 2 * [(False, False)], traced
 
 
 def mirrored(number):
@@ -866,6 +887,34 @@ def callbacks_alone_on_a_plain_fit(strategy):
     expected = 0.5 * np.square(0.5 - x).sum(axis=1).mean()
     np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-5)
     assert history.history["batch_size"] == [8]
+
+
+@law(2, 3)
+def a_static_size_gets_its_noise_free(strategy):
+    """On a plain `fit`, which takes no size that is no multiple of R."""
+    data = comparing.regression(64)
+    seen = []
+
+    class Seen(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            last = self.model.train_function.controller.last
+            if last.examples == 12:
+                seen.append((len(last.norms), last.measuring_seconds))
+
+    def trained(make_model, *callbacks):
+        # For any rule of the user's the noise is measured.
+        rate = kb.LearningRateScaling(
+            lambda ratio, noise_scale: ratio, base_batch_size=6, batch_size=12
+        )
+        return plain(
+            make_model, *data, batch_size=12, shuffle=False,
+            callbacks=[rate, *callbacks],
+        )
+
+    ours = trained(under(strategy, momentum()), Seen())
+    comparing.assert_close(ours, trained(momentum()), RTOL)
+    # Five whole updates per epoch, and nothing but their own norms.
+    assert seen == 10 * [(1, 0.0)], seen
 
 
 class Interrupted(Exception):

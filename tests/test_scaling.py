@@ -1,5 +1,6 @@
 """Laws of the learning-rate rules."""
 
+import functools
 import math
 
 import pytest
@@ -86,6 +87,34 @@ def test_functions_are_rules():
         return ratio ** (1 / 3)
 
     assert scaling.get(cube_root, auto="linear") is cube_root
+
+
+class Root:
+    """A rule that is an object."""
+
+    def __init__(self, degree):
+        self.degree = degree
+
+    def __call__(self, ratio, noise_scale):
+        return ratio ** (1 / self.degree)
+
+
+def power(ratio, noise_scale, exponent):
+    return ratio**exponent
+
+
+@pytest.mark.parametrize(
+    ("rule", "name"),
+    [
+        (scaling.adascale, "adascale"),
+        (Root(3), "Root"),
+        (functools.partial(power, exponent=0.5), "power"),
+        (functools.partial(Root(2)), "Root"),
+    ],
+)
+def test_every_rule_has_a_name(rule, name):
+    assert scaling.get(rule, auto="linear") is rule
+    assert scaling.name_of(rule) == name
 
 
 def test_unknown_rule_is_told_the_known_ones():

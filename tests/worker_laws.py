@@ -351,6 +351,25 @@ def evaluating_again_traces_nothing(strategy):
     assert len(traced) > count
 
 
+@law
+def evaluating_takes_all_data_whatever_the_steps_per_execution(strategy):
+    """Keras calls once for so many batches; 5 are no multiple of 3."""
+    x, y = comparing.regression(4 * 32 + 9)
+
+    # Each batch differs from the others, so that none can miss.
+    y += np.arange(len(y), dtype="float32")[:, None]
+
+    for eagerly in (False, True):
+        make_model = compiled(dense, run_eagerly=eagerly)
+        trainer = kb.AdaptiveTrainer(
+            comparing.seeded(under(strategy, make_model)), verbose=0
+        )
+        expected = trainer.evaluate(x, y, verbose=0)
+        trainer.model.steps_per_execution = 3
+        several = trainer.evaluate(x, y, verbose=0)
+        np.testing.assert_allclose(several, expected, rtol=1e-6)
+
+
 class Interrupted(Exception):
     """Ends a training in the middle."""
 
