@@ -11,6 +11,35 @@ from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._policies_stated import direction_of
 
 
+def checked_value(name, value):
+    """Returns the value to reach as float, or raises.
+
+    Args:
+        name: Argument name as the caller wrote it.
+        value: What was received.
+    """
+    return _checks.real(
+        name, value, -1e30, 1e30, "it is the value to reach", "Use 0.95, say."
+    )
+
+
+def checked_seconds(name, seconds):
+    """Returns the budget as float, or raises.
+
+    Args:
+        name: Argument name as the caller wrote it.
+        seconds: What was received.
+    """
+    return _checks.real(
+        name,
+        seconds,
+        1e-3,
+        1e9,
+        "it is the number of seconds after which training stops",
+        "Use 60.",
+    )
+
+
 class TrainingClock:
     """Adds up the seconds of training steps, those of tracing apart.
 
@@ -101,8 +130,8 @@ class TimeToTarget(keras.callbacks.Callback):
         budget: Seconds of training after which to stop.
         mode: "min" if smaller values are better, "max" if larger ones are,
             "auto" to tell from the name of a loss, an accuracy or an AUC.
-        budget_examples: Examples after which to stop. None for
-            `budget_epochs` times those of an epoch.
+        budget_examples: Examples after which to stop, refused where they are
+            not counted. None for `budget_epochs` times those of an epoch.
 
     Attributes:
         budget_epochs: Epochs that `budget_examples` stands for; None for the
@@ -115,22 +144,8 @@ class TimeToTarget(keras.callbacks.Callback):
     ):
         super().__init__()
         self.monitor = monitor
-        self.target = _checks.real(
-            "target",
-            target,
-            -1e30,
-            1e30,
-            "it is the value to reach",
-            "Use 0.95, say.",
-        )
-        self.budget = _checks.real(
-            "budget",
-            budget,
-            1e-3,
-            1e9,
-            "it is the number of seconds after which training stops",
-            "Use 60.",
-        )
+        self.target = checked_value("target", target)
+        self.budget = checked_seconds("budget", budget)
         _checks.known(
             "mode", mode, ("auto", "min", "max"), "it says which way is better"
         )
@@ -187,26 +202,48 @@ class TimeToTarget(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""
+        function = train_function_of(self.model)
+        if function is None:
+            self._check_counted()
+        elif self._book_superbatch not in function.on_superbatch:
+            # Keras calls back once for several with `steps_per_execution`.
+            function.on_superbatch.append(self._book_superbatch)
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Books the step; ends training where the budget is spent."""
+        """Ends training where the budget is spent."""
+        if train_function_of(self.model) is None:
+            # Of steps of equal length: only the ratio of two counts matters.
+            self._clock.book(self._lap(), 1, traced=self._steps == 0)
+            self._steps += 1
+        if self.reached or not self._within_budget():
+            self.model.stop_training = True
+
+    def _book_superbatch(self, row):
+        """Books a superbatch when it has been trained on."""
+        last = train_function_of(self.model).controller.last
+        seconds = self._lap()
+        if replicas.count(self.model) > 1:
+            # Several workers have agreed on it, and must stop alike.
+            seconds = last.seconds
+        self._clock.book(seconds, last.examples, last.traced)
+
+    def _lap(self):
+        """Returns the seconds since the last step, or the epoch's begin."""
         # After validation `on_epoch_begin` starts the clock again.
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
-        function = train_function_of(self.model)
-        if function is None:
-            # Of steps of equal length: only the ratio of two counts matters.
-            self._clock.book(seconds, 1, traced=self._steps == 0)
-        else:
-            last = function.controller.last
-            if replicas.count(self.model) > 1:
-                # Several workers have agreed on it, and must stop alike.
-                seconds = last.seconds
-            self._clock.book(seconds, last.examples, last.traced)
-        self._steps += 1
-        if self.reached or not self._within_budget():
-            self.model.stop_training = True
+        return seconds
+
+    def _check_counted(self):
+        if self.budget_examples is not None:
+            raise ValueError(
+                "`budget_examples` needs a fit whose batch size is decided: "
+                "Keras does not tell how many examples a step has. Received: "
+                f"budget_examples={self.budget_examples} with a plain `fit`. "
+                "Use budget_examples=None, or add kb.DynamicBatchSize() to "
+                "`callbacks`."
+            )
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds the numbers to the logs; ends training at the target."""
@@ -291,5 +328,6 @@ class TimeToTarget(keras.callbacks.Callback):
         """Examples after which to stop; 0 while that is not known."""
         if self.budget_examples is not None:
             return self.budget_examples
-        epochs = self.budget_epochs or self.params.get("epochs", 1)
+        # Keras sets `params` when training begins.
+        epochs = self.budget_epochs or (self.params or {}).get("epochs", 1)
         return epochs * (self._epoch_examples or self.epoch_examples)

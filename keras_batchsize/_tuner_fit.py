@@ -7,8 +7,11 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
+from keras_batchsize import slicing
 from keras_batchsize._memory_limits import NothingFits
+from keras_batchsize._superbatches_datasets import is_batched
 from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
 
@@ -60,21 +63,42 @@ def bound(args, kwargs):
     return arguments
 
 
-def examples_of_epoch(arguments):
-    """Returns the number of examples of an epoch; 0 if that is not told."""
+def examples_of_epoch(arguments, model):
+    """Returns the number of examples of an epoch, at most, by a batch.
+
+    Args:
+        arguments: Dict of the arguments of `fit`.
+        model: The Keras model, whose inputs tell whether a dataset is batched.
+
+    Returns:
+        Integer; 0 if the data do not tell.
+    """
     x, steps = arguments.get("x"), arguments.get("steps_per_epoch")
-    if steps is not None:
+    if x is None or steps is not None:
         return 0
     if isinstance(x, tf.data.Dataset):
-        batches = int(x.cardinality())
-        return max(batches, 0) * (keras_private.batch_size_of(x) or 0)
-    try:
-        examples = len(keras.tree.flatten(x)[0])
-    except TypeError:
-        return 0
+        size = 1
+        if is_batched(x, model, None):
+            size = keras_private.batch_size_of(x) or 0
+        return max(int(x.cardinality()), 0) * size
+    if not _arrays.is_arrays(x):
+        return _examples_in_batches(x)
+    examples = _arrays.count(x, None, None)
     if arguments.get("validation_data") is not None:
         return examples
     return math.floor(examples * (1.0 - arguments.get("validation_split", 0)))
+
+
+def _examples_in_batches(x):
+    """Those of what is read batch by batch, and whose length is in batches."""
+    if isinstance(x, keras.utils.PyDataset):
+        batches = x.num_batches or 0
+        return batches and batches * int(slicing.count_examples(x[0]))
+    size = getattr(x, "batch_size", None)  # Of a `DataLoader` of torch, say.
+    try:
+        return size * len(x) if size else 0
+    except TypeError:
+        return 0  # It reads from a stream.
 
 
 def ran_out(error):

@@ -7,6 +7,7 @@ import warnings
 import keras_tuner
 
 from keras_batchsize import _checks
+from keras_batchsize import keras_private
 from keras_batchsize import requirements
 from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_penalty import Penalties
@@ -15,6 +16,7 @@ from keras_batchsize._tuner_space import BatchSizeSpace
 from keras_batchsize._tuner_space import rate_factor
 from keras_batchsize._tuner_target import Target
 from keras_batchsize._tuner_training import TrialTraining
+from keras_batchsize.learning_rate import optimizers_inside
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -174,15 +176,19 @@ class AdaptiveHyperModel(keras_tuner.HyperModel):
         factor = rate_factor(setting.rule, ratio, model.optimizer)
         try:
             model.optimizer.learning_rate = setting.reference_rate * factor
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
+            held = [
+                keras_private.held_learning_rate(one)
+                for one in optimizers_inside(model.optimizer)
+            ]
             raise ValueError(
                 "An optimizer whose rate is searched must be compiled with a "
-                "number as its `learning_rate`: a schedule cannot be replaced "
-                "by one. Received: learning_rate="
-                f"{model.optimizer.learning_rate!r} and "
+                "number as its `learning_rate`: neither a schedule nor a "
+                "function can be replaced by one, and several optimizers have "
+                f"no common rate. Received: learning_rate={held} and "
                 f"BatchSizeSpace(learning_rate={self.space.learning_rate}). "
                 "Use kbt.hp_learning_rate(hp, batch_size) in the building "
-                "function, as the schedule's initial rate."
+                "function, as the schedule's initial rate, say."
             ) from error
 
     def _warn_of_shared_clock(self, objectives):

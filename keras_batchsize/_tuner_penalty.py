@@ -65,7 +65,8 @@ class Penalties:
             return 2.0 * target.examples_limit or None
         if name in _COUNTS:
             return 2.0 * examples or None
-        if name not in self._untrained:
+        if self._untrained.get(name) is None:
+            # That one trial tells none says nothing about the next.
             self._untrained[name] = evaluate(name)
         return self._untrained[name]
 

@@ -39,7 +39,7 @@ class CachedProbe:
             y: Targets.
             maximum: Largest size of interest, or None.
         """
-        if self._probe is False:
+        if not self._probe:  # 0 is as good as False.
             return None
         if self._probe == "auto" and not (
             memory.on_accelerator() and memory.can_be_read_twice(x)

@@ -94,14 +94,10 @@ class BatchSizeSpace:
         reference_batch_size=256,
         policy_arguments=None,
     ):
-        self.initial = _pair("initial", initial, (16, 512))
-        for size in self.initial:
-            _checks.positive_int(
-                "initial",
-                size,
-                "it is a range of batch sizes",
-                "Use initial=(16, 512).",
-            )
+        self.initial = tuple(
+            _checked_size("initial", size)
+            for size in _pair("initial", initial, (16, 512))
+        )
         self.max_batch_size = _checked_maximum(max_batch_size, self.initial[1])
         self.policies = _checked_policies(policies)
         self.learning_rate_rules = _checked_rules(learning_rate_rules)
@@ -186,7 +182,11 @@ def hp_batch_size(
     Returns:
         Integer, in examples.
     """
-    low, high = _pair("min_value, max_value", (min_value, max_value), (16, 512))
+    bounds = (
+        _checked_size("min_value", min_value),
+        _checked_size("max_value", max_value),
+    )
+    low, high = _pair("min_value, max_value", bounds, (16, 512))
     largest = largest_on_ladder(low, high)
     # A choice and not an `hp.Int` with sampling="log": the same for every
     # tuner, but the domain that TensorBoard is told of is right.
@@ -282,6 +282,12 @@ def _pair(name, value, example):
             f"{name}={(high, low)}."
         )
     return low, high
+
+
+def _checked_size(name, size):
+    return _checks.positive_int(
+        name, size, "it bounds the batch sizes to search", "Use 16 and 512."
+    )
 
 
 def _rates(name, value):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from keras_batchsize._callbacks_time_to_target import checked_seconds
+from keras_batchsize._callbacks_time_to_target import checked_value
 from keras_batchsize.callbacks import TimeToTarget
 
 TIME = "time_to_target"
@@ -32,6 +34,9 @@ class Target:
     mode: str = "auto"
 
     def __post_init__(self):
+        # Under the names that they have here; the others have the same there.
+        checked_value("value", self.value)
+        checked_seconds("budget_seconds", self.budget_seconds)
         self.make_callback()
 
     def make_callback(self):

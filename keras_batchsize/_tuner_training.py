@@ -10,6 +10,9 @@ from keras_batchsize._tuner_fit import bound
 from keras_batchsize._tuner_fit import examples_of_epoch
 from keras_batchsize._tuner_fit import ran_out
 from keras_batchsize._tuner_fit import replaced_fit
+from keras_batchsize._tuner_history import LoggedNames
+from keras_batchsize._tuner_history import compared
+from keras_batchsize._tuner_history import is_unknown
 from keras_batchsize._tuner_penalty import untrained_value
 from keras_batchsize._tuner_space import rate_factor
 from keras_batchsize._tuner_target import EXAMPLES
@@ -42,13 +45,14 @@ class TrialTraining:
         self._target = None
         if hypermodel.target is not None:
             self._target = hypermodel.target.make_callback()
-            self._target.budget_epochs = self.files.planned_epochs
         self._check_objectives()
         self._past = self.files.past_state()
         if self._past is not None and self._target is not None:
             self._target.set_state(self._past["target"])
         self._trainer = None
         self._arguments = {}
+        self._epoch_examples = 0
+        self._names = LoggedNames()
         self._base = setting.initial
 
     def _check_objectives(self):
@@ -100,7 +104,7 @@ class TrialTraining:
             if results is None:
                 raise
         if isinstance(results, keras.callbacks.History):
-            self._complete(results)
+            results = self._completed(results)
         return results
 
     # In place of `model.fit`.
@@ -115,12 +119,20 @@ class TrialTraining:
                 f"{arguments['batch_size']!r}. Leave it out, or use "
                 "kbt.BatchSizeSpace(initial=(32, 32)) for 32 in every trial."
             )
+        self._epoch_examples = examples_of_epoch(arguments, model)
         if self._target is not None:
-            self._target.epoch_examples = examples_of_epoch(arguments)
+            self._target.epoch_examples = self._epoch_examples
+            # Known here also where training does not even begin.
+            planned = self.files.planned_epochs
+            self._target.budget_epochs = planned or arguments.get("epochs", 1)
         trainer, base = self._trainer_for(model, arguments)
         callbacks = keras.tree.flatten(arguments.pop("callbacks", None) or [])
         ours = [one for one in (self._target,) if one is not None]
-        last = [KeepState(self.files, self._target, self._past)]
+        self._names = LoggedNames()
+        last = [
+            KeepState(self.files, self._target, self._past),
+            self._names,
+        ]
         self._past = None
         arguments["callbacks"] = [
             *ours,
@@ -149,8 +161,7 @@ class TrialTraining:
             while base > limit and base % 2 == 0:
                 base //= 2
             maximum = max(base, min(maximum or limit, limit))
-        if base != setting.initial:
-            self._scale_rate(model.optimizer, base / setting.initial)
+        self._carry_rate(model.optimizer, base)
         self._base = base
         if self._past is not None and base != _base_of(self._past):
             # On a worker with less memory. The clock goes on all the same.
@@ -174,21 +185,27 @@ class TrialTraining:
         is_keras = isinstance(board, keras.callbacks.TensorBoard)
         return board if is_keras else None
 
-    def _scale_rate(self, optimizer, ratio):
+    def _carry_rate(self, optimizer, base):
         """Carries the rate to an initial size that fits.
 
         Args:
             optimizer: The optimizer of the trial.
-            ratio: That size divided by the initial size of the setting.
+            base: That size.
         """
-        factor = rate_factor(self._setting.rule, ratio, optimizer)
+        meant_for = self._setting.initial
         held = keras_private.held_learning_rate(optimizer)
+        if self._past is not None and optimizer.built and not callable(held):
+            # It is the rate of the past trial, that was loaded.
+            meant_for = _base_of(self._past)
+        if base == meant_for:
+            return
+        ratio = base / meant_for
+        factor = rate_factor(self._setting.rule, ratio, optimizer)
         if isinstance(held, keras.optimizers.schedules.LearningRateSchedule):
             optimizer.learning_rate = _ScaledSchedule(held, factor, ratio)
         elif callable(held):
             optimizer.learning_rate = lambda: factor * held()
-        elif self._past is None or not optimizer.built:
-            # Else it is the rate of the past trial, that was loaded.
+        else:
             rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
             optimizer.learning_rate = rate * factor
 
@@ -196,12 +213,11 @@ class TrialTraining:
 
     def _penalty(self, name):
         hypermodel = self._hypermodel
-        examples = examples_of_epoch(self._arguments)
         return hypermodel.penalties.of(
             name,
             self.files.objectives[name],
             self._target,
-            examples * self._arguments.get("epochs", 1),
+            self._epoch_examples * self._arguments.get("epochs", 1),
             lambda name: untrained_value(
                 name,
                 lambda: hypermodel.build(self._hp.copy()),
@@ -245,43 +261,51 @@ class TrialTraining:
             if not ran_out(error):
                 raise
 
-    def _complete(self, history):
-        """Checks that the objective is there, and leaves out what is not."""
-        logs = history.history
-        for name in set(self.files.objectives).difference(logs):
-            raise ValueError(
-                "The objective must be among the metrics of a trial: the "
-                f"search compares it. Received: objective={name!r}; the trial "
-                f"has {sorted(logs)}. Use one of these, or pass "
-                "`validation_data` to `search`."
+    def _completed(self, history):
+        """Checks that the objective is there, and leaves out what is not.
+
+        Returns:
+            The history; a dict of penalties where training ended before there
+            was an objective.
+        """
+        self._check_logged(history)
+        logs, best = history.history, -1
+        if not self.files.objectives.keys() <= logs.keys():
+            return self._penalised() or history
+        if self.files.objectives:
+            logs, best = compared(
+                self._names.epochs(logs),
+                self.files.objectives,
+                self.files.objective,
             )
+        history.history = {
+            name: values
+            for name, values in logs.items()
+            # No metric of a trial: a noise scale that was not measured, or
+            # the loss of a model that has diverged.
+            if math.isfinite(values[best])
+        }
+        return history
+
+    def _check_logged(self, history):
+        """Raises where the objective, or the target, is of no metric."""
+        logs = history.history
+        for name in self.files.objectives:
+            if is_unknown(name, history, self._arguments):
+                raise ValueError(
+                    "The objective must be among the metrics of a trial: the "
+                    f"search compares it. Received: objective={name!r}; the "
+                    f"trial has {sorted(logs)}. Use one of these, or pass "
+                    "`validation_data` to `search`."
+                )
         monitor = self._target and self._target.monitor
-        if monitor and monitor not in logs:
+        if monitor and is_unknown(monitor, history, self._arguments):
             raise ValueError(
                 "The target's metric must be among those of a trial: it says "
                 f"when the target is reached. Received: monitor={monitor!r}; "
                 f"the trial has {sorted(logs)}. Use one of these, or pass "
                 "`validation_data` to `search`."
             )
-        best = self._best_epoch(logs)
-        for name in list(logs):
-            # No metric of a trial: a noise scale that was not measured, or
-            # the loss of a model that has diverged.
-            if not math.isfinite(logs[name][best]):
-                del logs[name]
-
-    def _best_epoch(self, logs):
-        """The epoch that KerasTuner takes the metrics of a trial from."""
-        objective = self.files.objective
-        if not self.files.objectives:
-            return -1
-        epochs = [dict(zip(logs, values)) for values in zip(*logs.values())]
-        values = [objective.get_value(epoch) for epoch in epochs]
-        best = 0
-        for epoch, value in enumerate(values):
-            if objective.better_than(value, values[best]):
-                best = epoch
-        return best
 
 
 class _TrialLogs(keras.callbacks.Callback):

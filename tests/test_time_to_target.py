@@ -201,17 +201,18 @@ def test_workers_stop_by_the_time_that_they_agree_on(monkeypatch):
     callback = kb.TimeToTarget("loss", 0.0, budget=100)
     callback.set_model(regressor())
     last = records.Measurement(64, 8, seconds=0.25)
+    function = types.SimpleNamespace(
+        controller=types.SimpleNamespace(last=last),
+        on_superbatch=records.Listeners(),
+    )
     monkeypatch.setattr(
-        _callbacks_time_to_target,
-        "train_function_of",
-        lambda model: types.SimpleNamespace(
-            controller=types.SimpleNamespace(last=last)
-        ),
+        _callbacks_time_to_target, "train_function_of", lambda model: function
     )
     callback.on_train_begin()
-    callback.on_epoch_begin(0)
-    callback.on_train_batch_end(0)
-    callback.on_train_batch_end(1)
+    for epoch in range(2):
+        callback.on_epoch_begin(epoch)
+        function.on_superbatch("a row")
+        callback.on_train_batch_end(0)
     assert callback.get_state()["clock"]["steady"] == [0.5, 128]
 
 
@@ -231,11 +232,48 @@ def test_budget_of_examples_ends_training():
     assert 512 < history["examples_to_target"][-1] < 1024
 
 
+@pytest.mark.filterwarnings("ignore:`steps_per_execution` is superseded")
+def test_every_superbatch_counts_where_keras_calls_back_for_several():
+    callback = kb.TimeToTarget("loss", 0.0, budget=100)
+    model = regressor()
+    model.compile(model.optimizer, "mse", steps_per_execution=4)
+    trainer = kb.AdaptiveTrainer(
+        model, "fixed", superbatch_size=32, verbose=0
+    )
+    history = trainer.fit(
+        X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[callback]
+    ).history
+    assert history["examples_seen"] == [256.0, 512.0]
+    clock = callback.get_state()["clock"]
+    # What was traced is one superbatch of the first four.
+    assert clock["traced"][1] == 32
+    assert clock["steady"][1] == 512 - 32
+    # Both clocks run from one superbatch to the next.
+    seconds = clock["traced"][0] + clock["steady"][0]
+    assert seconds >= trainer.report.seconds
+
+
 def test_plain_fit_counts_no_examples():
     callback = kb.TimeToTarget("loss", 0.0, budget=100)
     history = train(callback, 1, [0.0])
     assert "examples_to_target" not in history
     assert "examples_seen" not in history
+
+
+def test_a_budget_of_examples_is_refused_where_they_are_not_counted():
+    callback = kb.TimeToTarget("loss", 0.0, budget=100, budget_examples=512)
+    with pytest.raises(ValueError, match="Received: budget_examples=512"):
+        train(callback, 1, [0.0])
+    # The batch size is decided by a callback, wherever that stands.
+    history = regressor().fit(
+        X,
+        Y,
+        batch_size=64,
+        epochs=9,
+        verbose=0,
+        callbacks=[callback, kb.DynamicBatchSize("fixed")],
+    ).history
+    assert history["examples_seen"][-1] == 512 + 64
 
 
 # State.

@@ -269,6 +269,65 @@ def test_tuners_of_users_search_with_it(tmp_path):
     assert [one.status for one in trials_of(tuner)] == ["COMPLETED"] * 2
 
 
+class Batches(keras.utils.PyDataset):
+    """The data in batches of 32."""
+
+    def __init__(self, number=32):
+        super().__init__()
+        self._number = number
+
+    @property
+    def num_batches(self):
+        return self._number
+
+    def __len__(self):
+        return self._number
+
+    def __getitem__(self, index):
+        part = slice(32 * index, 32 * (index + 1))
+        return X[part], Y[part]
+
+
+def generated():
+    yield X[:32], Y[:32]
+
+
+DATASET = tf.data.Dataset.from_tensor_slices((X, Y))
+
+
+@pytest.mark.parametrize(
+    ("fit", "examples"),
+    [
+        ({"x": X, "y": Y}, 1024),
+        ({"x": {"a": X, "b": X}, "y": Y}, 1024),
+        ({"x": X, "y": Y, "validation_split": 0.25}, 768),
+        ({"x": X, "y": Y, "steps_per_epoch": 2}, 0),
+        ({"x": DATASET.batch(16)}, 1024),
+        ({"x": DATASET}, 1024),
+        ({"x": tf.data.Dataset.range(1024)}, 1024),
+        ({"x": DATASET.batch(16).repeat()}, 0),
+        ({"x": Batches()}, 1024),
+        ({"x": Batches(None)}, 0),
+        ({"x": generated()}, 0),
+        ({}, 0),
+    ],
+)
+def test_examples_of_an_epoch_are_told_by_the_data(fit, examples):
+    from keras_batchsize._tuner_fit import examples_of_epoch
+
+    model = build(keras_tuner.HyperParameters())
+    assert examples_of_epoch(fit, model) == examples
+
+
+def test_examples_of_a_data_loader_are_those_of_its_batches():
+    from keras_batchsize._tuner_fit import examples_of_epoch
+
+    data = pytest.importorskip("torch.utils.data")
+    model = build(keras_tuner.HyperParameters())
+    loader = data.DataLoader(list(range(1024)), batch_size=32)
+    assert examples_of_epoch({"x": loader}, model) == 1024
+
+
 def test_each_trial_leaves_its_report(tmp_path):
     tuner = search(
         tmp_path,
@@ -335,7 +394,7 @@ def resume(tmp_path, state, **values):
     """Fits a trial that goes on from a trial with a given state.
 
     Returns:
-        The history.
+        The history. The report is in the folder `new`.
     """
 
     class TunerCallback(keras.callbacks.Callback):
@@ -427,6 +486,16 @@ def test_state_of_another_base_size_gives_the_clock_only(tmp_path):
     assert history["time_to_target"][0] <= 20.0 * (1.0 + 0.01 / 0.85)
 
 
+@pytest.mark.parametrize("initial", [8, 16])
+def test_the_rate_of_a_past_trial_is_that_of_its_base_size(initial, tmp_path):
+    state = {"training": training_state(), "target": target_state()}
+    resume(tmp_path, state, **{"batch_size/initial": initial})
+    report = kb.Report.load(tmp_path / "new" / "batch_size_report.json")
+    # Hyperband loads the rate with the weights, here 0.05 for a base of 8.
+    rate = 0.05 * initial / 8
+    assert report.rows[0].base_learning_rate == pytest.approx(rate)
+
+
 # What goes wrong in a trial.
 
 
@@ -461,6 +530,73 @@ def test_diverging_trials_are_completed_with_a_finite_objective(
             assert 20.0 < trial.score <= 40.0
         # It was ended at once.
         assert metrics_of(trial)["examples_seen"] < 1024
+
+
+@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
+def test_who_never_arrives_has_seen_more_than_the_data_in_batches(tmp_path):
+    # The first superbatch ends it: the length of an epoch is not seen.
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            lambda hp: build(hp, rate=1e30), space(), TARGET
+        ),
+        objective=("examples_to_target", "min"),
+        max_trials=1,
+        fit={"x": Batches(), "y": None},
+    )
+    (trial,) = trials_of(tuner)
+    assert 2 * 1024 < trial.score <= 4 * 1024
+
+
+@pytest.mark.parametrize("name", ["val_loss", "val_accuracy"])
+def test_metrics_of_a_trial_are_of_one_epoch(name, tmp_path):
+    direction, best_of = ("min", min) if name == "val_loss" else ("max", max)
+    fit = {"epochs": 5, "validation_freq": 2}
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(policies=["fixed"])),
+        objective=(name, direction),
+        max_trials=1,
+        fit=fit,
+    )
+    (trial,) = trials_of(tuner)
+    assert trial.status == "COMPLETED", trial.message
+    history = build(trial.hyperparameters).fit(
+        X,
+        Y,
+        batch_size=trial.hyperparameters.get("batch_size/initial"),
+        validation_data=VALIDATION,
+        verbose=0,
+        **fit,
+    ).history
+    values = history[name]
+    assert len(values) == 2 < len(history["loss"])
+    assert trial.score == best_of(values)
+    # Validated after the second and the fourth epoch.
+    epoch = 2 * values.index(trial.score) + 1
+    loss = metrics_of(trial)["loss"]
+    assert loss == pytest.approx(history["loss"][epoch], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("objective", "score"), [("val_loss", 0.7), ("time_to_target", 40.0)]
+)
+def test_a_trial_may_end_before_its_first_validation(
+    objective, score, tmp_path
+):
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            lambda hp: build(hp, rate=1e30), space(), TARGET
+        ),
+        objective=(objective, "min"),
+        fit={"epochs": 4, "validation_freq": 2},
+    )
+    for trial in trials_of(tuner):
+        assert trial.status == "COMPLETED", trial.message
+        # A loss as that of an untrained model.
+        assert trial.score == pytest.approx(score, abs=0.5)
 
 
 def run_out(inputs):
@@ -517,16 +653,22 @@ def too_large(hp, fitting=0):
 
 @pytest.mark.filterwarnings("ignore:Memory ran out:RuntimeWarning")
 @pytest.mark.parametrize(
-    ("kind", "objective", "penalty"),
+    ("kind", "objective", "penalty", "fit"),
     [
-        ("RandomSearch", ("time_to_target", "min"), 40.0),
-        ("Hyperband", ("examples_to_target", "min"), 4096.0),
-        ("RandomSearch", ("examples_per_second", "max"), 0.0),
-        ("RandomSearch", ("val_loss", "min"), None),
+        ("RandomSearch", ("time_to_target", "min"), 40.0, {}),
+        ("Hyperband", ("examples_to_target", "min"), 4096.0, {}),
+        (
+            "RandomSearch",
+            ("examples_to_target", "min"),
+            4096.0,
+            {"x": Batches(), "y": None},
+        ),
+        ("RandomSearch", ("examples_per_second", "max"), 0.0, {}),
+        ("RandomSearch", ("val_loss", "min"), None, {}),
     ],
 )
 def test_trials_out_of_memory_get_a_finite_objective(
-    kind, objective, penalty, tmp_path
+    kind, objective, penalty, fit, tmp_path
 ):
     tuner = search(
         tmp_path,
@@ -535,6 +677,7 @@ def test_trials_out_of_memory_get_a_finite_objective(
         ),
         kind,
         objective,
+        fit,
     )
     trials = trials_of(tuner)
     assert len(trials) >= 3
@@ -656,6 +799,7 @@ def test_nothing_is_probed_on_a_processor():
     if not tf.config.list_physical_devices("GPU"):
         assert CachedProbe("auto").limit(model, X, Y, 64) is None
     assert CachedProbe(False).limit(model, X, Y, 64) is None
+    assert CachedProbe(0).limit(model, X, Y, 64) is None
 
 
 def images_model(strides=1, optimizer="sgd", side=8, rate=0.1):
@@ -714,18 +858,41 @@ def test_the_real_probe_is_asked_on_demand(tmp_path):
     assert metrics_of(trial)["batch_size"] == initial
 
 
-def test_a_model_that_does_not_fit_at_all_is_a_matter_of_the_trial(tmp_path):
+@pytest.mark.parametrize(
+    ("objective", "penalty"),
+    # Two epochs of 1,024 examples, twice, for what never trains.
+    [("time_to_target", 40.0), ("examples_to_target", 4096.0)],
+)
+def test_a_model_that_does_not_fit_at_all_is_a_matter_of_the_trial(
+    objective, penalty, tmp_path
+):
     def probe(model, x, y):
         return kb.find_max_batch_size(model, x, y, memory_limit=1000)
 
     tuner = search(
         tmp_path,
         kbt.AdaptiveHyperModel(build, space(), TARGET, memory_probe=probe),
+        objective=(objective, "min"),
         max_trials=1,
     )
     (trial,) = trials_of(tuner)
     assert trial.status == "COMPLETED", trial.message
-    assert trial.score == 40.0
+    assert trial.score == penalty
+
+
+def test_the_value_of_an_untrained_model_is_looked_for_until_there_is_one():
+    from keras_batchsize._tuner_penalty import Penalties
+
+    values = [None, 0.7]
+    penalties = Penalties()
+
+    def penalty():
+        return penalties.of(
+            "val_loss", "min", None, 0, lambda name: values.pop(0)
+        )
+
+    assert penalty() is None
+    assert penalty() == penalty() == 0.7
 
 
 # Configurations that cannot work.
@@ -808,6 +975,21 @@ def test_errors_of_users_are_left_to_keras_tuner(tmp_path):
 def test_errors_name_argument_and_remedy(arguments, kind, text):
     with pytest.raises(kind) as caught:
         kbt.AdaptiveHyperModel(*arguments)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (("val_loss", "low", 10), TypeError, "Received: value='low'"),
+        (("val_loss", 0.1, 0), ValueError, "Received: budget_seconds=0"),
+        (("val_loss", 0.1, 10, 0), ValueError, "budget_examples=0"),
+        (("val_loss", 0.1, 10, None, "up"), ValueError, "mode='up'"),
+    ],
+)
+def test_errors_of_a_target_name_its_fields(arguments, kind, text):
+    with pytest.raises(kind, match="Use ") as caught:
+        kbt.Target(*arguments)
     assert text in str(caught.value)
 
 

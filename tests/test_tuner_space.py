@@ -146,13 +146,25 @@ def test_the_rate_of_the_model_stays_where_none_is_searched():
     assert rate == pytest.approx(0.123)
 
 
-def test_a_schedule_is_not_replaced_by_a_number():
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+def a_tenth():
+    return 0.1
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9), a_tenth],
+)
+@pytest.mark.parametrize("scales_loss", [False, True])
+def test_a_schedule_or_function_is_not_replaced_by_a_number(rate, scales_loss):
+    optimizer = keras.optimizers.SGD(rate)
+    if scales_loss:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     space = kbt.BatchSizeSpace(learning_rate=(0.01, 1.0))
     with pytest.raises(
         keras_tuner.errors.FatalValueError, match="hp_learning_rate"
-    ):
-        built(space, keras.optimizers.SGD(schedule))
+    ) as caught:
+        built(space, optimizer)
+    assert f"Received: learning_rate=[{rate!r}]" in str(caught.value)
 
 
 # Errors.
@@ -210,4 +222,10 @@ def test_helpers_name_argument_and_remedy():
         kbt.hp_learning_rate(hp, 32, rule="adascale")
     with pytest.raises(ValueError, match="begin with the smaller"):
         kbt.hp_batch_size(hp, 64, 32)
+    with pytest.raises(ValueError, match="Received: min_value=0"):
+        kbt.hp_batch_size(hp, 0, 512)
+    with pytest.raises(TypeError, match="Received: min_value=16.0"):
+        kbt.hp_batch_size(hp, 16.0)
+    with pytest.raises(TypeError, match="Received: max_value='512'"):
+        kbt.hp_batch_size(hp, 16, "512")
     assert math.isclose(kbt.hp_batch_size(hp, 8, 100), 32)
