@@ -70,6 +70,8 @@ class Recorder:
         row = _in_total(row, controller)
         if self._epoch is None:
             self._examples_before = row.examples - controller.last.examples
+            # Before anything is written: a backup may come first.
+            self._settle_identity(self._examples_before)
         if row.epoch != self._epoch:
             self._epoch, self._done = row.epoch, 0
         self._done += 1
@@ -87,6 +89,7 @@ class Recorder:
         step, values = change.examples, dict(vars(change))
         self._changes[step] = values
         if self._writer is None:
+            self._settle_identity(step)
             self._begin(step)
         self._writer.write(
             step,
@@ -111,15 +114,20 @@ class Recorder:
         self._write_info()
         self._writer.flush()
 
-    def close(self):
-        """Writes how it ended."""
+    def close(self, finished):
+        """Writes how it ended.
+
+        Args:
+            finished: Whether it was not broken off by an exception.
+        """
         self._write_rows()
         if self._writer is None:
             return
         self._write_changes()
         self._draw_goodput()
-        self._write_info(finished=True)
-        if self._has_hparams:
+        self._write_info(closed=True, finished=finished)
+        # Of several ends TensorBoard keeps the first, and it may be resumed.
+        if finished and self._has_hparams:
             values = hparams.end(time.time())
             self._writer.write(self._function.controller.examples, values)
         self._writer.close()
@@ -133,8 +141,8 @@ class Recorder:
         seconds = self._seconds_before() + self._function.tally.seconds
         return self._function.identity, examples, seconds
 
-    def _begin(self, examples_before):
-        """Opens the file: that of this training, if it is one that goes on."""
+    def _settle_identity(self, examples_before):
+        """Tells a training that goes on from another one."""
         function = self._function
         if function.identity is None and self._last is not None:
             identity, examples, seconds = self._last
@@ -142,6 +150,10 @@ class Recorder:
                 function.identity = identity
                 function.tally.seconds_before = seconds
         function.identity = function.identity or uuid.uuid4().hex[:12]
+
+    def _begin(self, examples_before):
+        """Opens the file: that of this training, if it is one that goes on."""
+        function = self._function
         self._writer = RunWriter(
             self._log_dir, tf.io, function.identity, examples_before + 1
         )
@@ -241,7 +253,7 @@ class Recorder:
         if values:
             self._writer.write(controller.examples, values)
 
-    def _write_info(self, finished=False):
+    def _write_info(self, closed=False, finished=False):
         """Writes settings and totals for our own page."""
         function = self._function
         controller = function.controller
@@ -255,6 +267,7 @@ class Recorder:
             "updates": controller.updates,
             "base_updates": controller.base_steps,
             "seconds": self._seconds_before() + function.tally.seconds,
+            "closed": closed,
             "finished": finished,
         }
         self._writer.write(
@@ -275,7 +288,8 @@ class Recorder:
             controller.batch_size,
             step_time,
             estimate.value,
-            controller.ladder.base,
+            controller.clock.batch_size,
+            controller.efficiency,
         )
         if picture is None:
             return

@@ -68,7 +68,9 @@ class BatchSizeTensorBoard(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.tensorboard = tensorboard
         self.hparams = hparams
-        self._given_log_dir = log_dir or tensorboard.log_dir
+        self._given_log_dir = log_dir
+        if log_dir is None:
+            self._given_log_dir = tensorboard.log_dir
         self._recorder = None
         self._last = None
 
@@ -87,14 +89,17 @@ class BatchSizeTensorBoard(keras.callbacks.Callback):
             self._recorder.end_epoch()
 
     def on_train_end(self, logs=None):
-        """Ends the file."""
-        self.close()
+        """Ends the file of a training that was not broken off."""
+        self._end(finished=True)
 
     def close(self):
         """Ends the file, also after an error. May be called again."""
+        self._end(finished=False)
+
+    def _end(self, finished):
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
-            recorder.close()
+            recorder.close(finished)
             self._last = recorder.end
 
     def __getstate__(self):

@@ -30,6 +30,7 @@ from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.tensorboard import hparams
 from keras_batchsize.tensorboard import layout
+from keras_batchsize.tensorboard import pictures
 from keras_batchsize.tensorboard import tags
 from keras_batchsize.tensorboard.writer import RunWriter
 
@@ -391,6 +392,26 @@ def test_goodput_is_drawn_once_it_is_known(written):
     assert struct.unpack(">II", png[16:24]) == (int(width), int(height))
 
 
+def test_goodput_is_drawn_as_decisions_see_it(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures, png = [], pictures.png
+    monkeypatch.setattr(
+        pictures, "png", lambda figure: figures.append(figure) or png(figure)
+    )
+    # The rate is meant for another size than the first.
+    scaling = kb.LearningRateScaling("linear", 2 * BASE)
+    fit([dynamic(), scaling, kb.BatchSizeTensorBoard(tmp_path)])
+
+    read = Run(tmp_path / "batch_size")
+    expected = read.scalars("throughput/goodput")[1][-1]
+    _, curve, now = figures[-1].axes[0].lines[:3]
+    [size], [value] = now.get_data()
+    assert size == read.scalars("batch_size/global")[1][-1]
+    assert value == pytest.approx(expected, rel=1e-6)
+    # Straight lines between its points leave it by less than that.
+    assert np.interp(size, *curve.get_data()) == pytest.approx(value, rel=1e-2)
+
+
 # Beside Keras's own callback.
 
 
@@ -538,6 +559,57 @@ def test_a_resumed_training_runs_on_without_a_zigzag(tmp_path, by_trainer):
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize("first", ["board", "backup"])
+def test_the_first_backup_knows_the_run_in_any_order(tmp_path, first):
+    logs = tmp_path / "logs"
+
+    def run(*callbacks):
+        ours = {
+            "board": kb.BatchSizeTensorBoard(logs),
+            "backup": kb.BackupAndRestore(tmp_path / "backup"),
+        }
+        order = sorted(ours, key=lambda name: name != first)
+        fit([*(ours[name] for name in order), dynamic(), *callbacks])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupts(1, 4))
+    run()
+
+    assert [one.name for one in logs.iterdir()] == ["batch_size"]
+    steps, _ = Run(logs / "batch_size").scalars("progress/updates")
+    assert len(steps) == EPOCHS * PER_EPOCH
+
+
+@pytest.mark.parametrize("by_trainer", [True, False])
+def test_only_a_training_that_was_not_broken_off_has_finished(
+    tmp_path, by_trainer
+):
+    logs, backup = tmp_path / "logs", tmp_path / "backup"
+    board = kb.BatchSizeTensorBoard(logs, hparams=True)
+
+    def run(*callbacks):
+        if by_trainer:
+            one = trainer(logs, backup_dir=backup)
+            one.tensorboard = board
+            train(one, callbacks=[*callbacks])
+            return
+        fit([board, kb.BackupAndRestore(backup), dynamic(), *callbacks])
+
+    def ends():
+        """Whether it was closed, has finished, and is so in "HParams"."""
+        read = Run(logs / "batch_size")
+        info = json.loads(read.strings(tags.INFO)[-1][0])
+        has_end = hparams_metadata.SESSION_END_INFO_TAG in read.tags
+        return info.get("closed"), info["finished"], has_end
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupts(1, 4))
+    board.close()
+    assert ends() == (True, False, False)
+    run()
+    assert ends() == (True, True, True)
+
+
 def test_a_second_fit_that_is_resumed_goes_on_in_the_run(tmp_path):
     logs, backup = tmp_path / "logs", tmp_path / "backup"
     first = trainer(logs)
@@ -610,6 +682,19 @@ def test_arguments_are_checked(arguments, error, text):
 def test_the_trainer_checks_its_folder():
     with pytest.raises(TypeError, match="Received: log_dir=True"):
         trainer(True)
+
+
+@pytest.mark.parametrize("of_keras", [True, False])
+def test_the_empty_path_is_the_present_folder(tmp_path, monkeypatch, of_keras):
+    monkeypatch.chdir(tmp_path)
+    board = kb.BatchSizeTensorBoard("")
+    if of_keras:
+        theirs = keras.callbacks.TensorBoard("")
+        board = kb.BatchSizeTensorBoard(tensorboard=theirs)
+
+    fit([dynamic(), board], epochs=1)
+
+    assert [one.name for one in tmp_path.iterdir()] == ["batch_size"]
 
 
 def test_a_fit_that_nobody_decides_is_refused(tmp_path):

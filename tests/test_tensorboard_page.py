@@ -115,10 +115,11 @@ def site(tmp_path_factory):
 LOADERS = {"rust": "--load_fast=true", "python": "--load_fast=false"}
 
 
-def write(folder, first_step, steps, changes=(60, 70)):
+def write(folder, first_step, steps, changes=(60, 70), finished=True):
     """Writes a part of a training that began after `first_step` - 1."""
     writer = RunWriter(folder, tf.io, "the same training", first_step)
-    info = {"began": time.time(), "first_step": first_step, "finished": True}
+    info = {"began": time.time(), "first_step": first_step}
+    info |= {"closed": True, "finished": finished}
     writer.write(first_step, [events.data(tags.INFO, info)])
     for step in steps:
         values = {"batch_size/global": 8 + first_step, "progress/updates": step}
@@ -402,6 +403,23 @@ def test_a_training_that_goes_on_is_followed(served, browser):
     wait_for(
         lambda: len(cells(browser, "#overview")) == before + 1, "the new run"
     )
+
+
+def test_a_training_that_was_broken_off_has_stopped(site, browser, tmp_path):
+    for name, finished in (("a", True), ("b", False)):
+        write(tmp_path / name, 1, [10, 20], finished=finished)
+
+    with tensorboard(tmp_path, site, "--load_fast=false") as address:
+        open_tab(browser, address)
+        wait_for(
+            lambda: len(cells(browser, "#overview")) == 2, "the table of runs"
+        )
+        badges = browser.execute_script(
+            "return [...document.querySelectorAll('#overview .badge')]"
+            ".map(badge => badge.textContent)"
+        )
+
+    assert badges == ["finished", "stopped"]
 
 
 def test_a_folder_without_runs_says_what_to_do(site, browser, tmp_path):

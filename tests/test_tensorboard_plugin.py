@@ -38,7 +38,7 @@ PREFIX = "/data/plugin/batch_size"
 STATIC = plugin._STATIC
 
 
-def train(folder, epochs=EPOCHS):
+def train(folder, epochs=EPOCHS, callbacks=()):
     """Trains; returns the report and Keras's history."""
 
     def regressor():
@@ -62,7 +62,7 @@ def train(folder, epochs=EPOCHS):
         batch_size=BASE,
         epochs=epochs,
         validation_data=(X[:50], Y[:50]),
-        callbacks=[board],
+        callbacks=[board, *callbacks],
         verbose=0,
     )
     return run.report, history.history
@@ -154,8 +154,20 @@ def test_losses_stand_at_the_ends_of_the_epochs(trained):
         np.testing.assert_allclose(values, history[name], rtol=1e-6)
 
 
-def test_losses_of_another_training_in_the_folder_are_left_out(tmp_path):
-    train(tmp_path, epochs=2)
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_losses_of_another_training_in_the_folder_are_left_out(
+    tmp_path, broken_off
+):
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    if broken_off:
+        ctrl_c = keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, epochs=4, callbacks=[ctrl_c])
+    else:
+        train(tmp_path, epochs=2)
     train(tmp_path, epochs=3)
     client = client_for(tmp_path)
 

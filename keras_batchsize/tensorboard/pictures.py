@@ -16,7 +16,9 @@ def png(figure):
     return buffer.getvalue(), round(width), round(height)
 
 
-def goodput(sizes, present, step_time, noise_scale, base_batch_size):
+def goodput(
+    sizes, present, step_time, noise_scale, base_batch_size, efficiency
+):
     """Draws speed and goodput over the batch sizes that may be used.
 
     Args:
@@ -24,7 +26,8 @@ def goodput(sizes, present, step_time, noise_scale, base_batch_size):
         present: Integer, the size in force.
         step_time: A `StepTime`.
         noise_scale: Float φ, in examples.
-        base_batch_size: Integer B₀.
+        base_batch_size: Integer B₀, the size that the rate was meant for.
+        efficiency: `throughput.efficiency` or `linear_efficiency`.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -37,13 +40,11 @@ def goodput(sizes, present, step_time, noise_scale, base_batch_size):
     from matplotlib.ticker import FuncFormatter
     from matplotlib.ticker import NullLocator
 
+    known = (step_time, noise_scale, base_batch_size, efficiency)
     fine = _between(sizes)
-    useful = [
-        throughput.goodput(size, step_time, noise_scale, base_batch_size)
-        for size in fine
-    ]
+    useful = [throughput.goodput(size, *known) for size in fine]
     speed = [size / step_time(size) for size in fine]
-    now = throughput.goodput(present, step_time, noise_scale, base_batch_size)
+    now = throughput.goodput(present, *known)
     figure = Figure(figsize=(6.2, 3.7), layout="constrained")
     axes = figure.subplots()
     axes.plot(fine, speed, color="0.55", linestyle="--", label="examples/s")

@@ -101,7 +101,7 @@ class Reader:
         read = self._scalars(list(runs), [_LOSS_TAG])
         times = [datum.wall_time for datum in anchor]
         # Later ones belong to another training in the same folder.
-        end = infos[-1].wall_time if _has_finished(infos) else math.inf
+        end = infos[-1].wall_time if _is_closed(infos) else math.inf
         result = {}
         for run, key in runs.items():
             points = {}
@@ -176,8 +176,8 @@ def _latest(data):
     return _parsed(data[-1]) if data else {}
 
 
-def _has_finished(infos):
-    return _latest(infos).get("finished") is True
+def _is_closed(infos):
+    return _latest(infos).get("closed") is True
 
 
 def _are_numbers(*values):

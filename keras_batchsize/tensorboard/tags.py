@@ -35,8 +35,9 @@ SCALARS = {
     "learning_rate/factor": "What the batch size multiplies it by.",
     "throughput/examples_per_second": "Examples trained on, per second.",
     "throughput/goodput": (
-        "Useful examples per second: speed times statistical efficiency "
-        "against the base batch size (Pollux, OSDI 2021)."
+        "Useful examples per second (Pollux, OSDI 2021): speed times progress "
+        "per example, compared with the size that the rate was meant for. "
+        "Under the linear rule progress has a formula of our own."
     ),
     "memory/peak_bytes": (
         "Peak memory at this micro-batch size, as the probe measured it, or "

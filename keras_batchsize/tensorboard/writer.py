@@ -40,7 +40,8 @@ class RunWriter:
 
     def __init__(self, log_dir, io, identity, first_step=0):
         self.folder = None
-        self._log_dir = log_dir
+        # Keras, too, takes the empty path for the present folder.
+        self._log_dir = str(log_dir) or "."
         self._io = io
         self._identity = identity
         self._first_step = first_step
@@ -97,7 +98,7 @@ class RunWriter:
             self._records, self._failed = None, True
             warnings.warn(
                 "TensorBoard will not show all of this training: writing to "
-                f"{str(self._log_dir)!r} failed ({error}). Training goes on. "
+                f"{self._log_dir!r} failed ({error}). Training goes on. "
                 "Make room there, or give another folder.",
                 RuntimeWarning,
                 stacklevel=4,
@@ -112,7 +113,7 @@ class RunWriter:
         self._records.write(event.SerializeToString())
 
     def _open(self):
-        self._io.gfile.makedirs(str(self._log_dir))
+        self._io.gfile.makedirs(self._log_dir)
         self.folder = self._claim()
         now = time.time()
         name = (
@@ -129,7 +130,7 @@ class RunWriter:
         """Returns the first run that is free or belongs to this training."""
         for number in itertools.count(1):
             name = tags.RUN if number == 1 else f"{tags.RUN}_{number}"
-            folder = os.path.join(str(self._log_dir), name)
+            folder = os.path.join(self._log_dir, name)
             if self._is_free(folder) or self._is_ours(folder):
                 return folder
 

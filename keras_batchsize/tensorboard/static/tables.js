@@ -81,8 +81,9 @@ function state(run) {
   const badge = document.createElement("span");
   badge.className = done ? "badge" : "badge live";
   badge.textContent = done ? "finished" : "running";
-  // Interrupted, in all likelihood: nothing was written for ten minutes.
-  if (!done && Date.now() / 1000 - run.updated > 600) {
+  // Interrupted: for certain, or because nothing was written for ten minutes.
+  const silent = Date.now() / 1000 - run.updated > 600;
+  if (!done && (run.info.closed === true || silent)) {
     badge.className = "badge";
     badge.textContent = "stopped";
   }
