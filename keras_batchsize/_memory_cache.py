@@ -104,6 +104,7 @@ def _details():
         {name: os.environ.get(name) for name in _VARIABLES},
         tf.config.threading.get_intra_op_parallelism_threads(),
         tf.config.threading.get_inter_op_parallelism_threads(),
+        tf.config.experimental.tensor_float_32_execution_enabled(),
         tf.config.optimizer.get_jit(),
         tf.config.optimizer.get_experimental_options(),
     ]
@@ -122,5 +123,44 @@ def load(path):
     """
     try:
         return BatchProfile.load(path)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (AttributeError, OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def keep(profile, path):
+    """Writes a profile to a file; a failure is no reason to lose it.
+
+    Args:
+        profile: A `BatchProfile`.
+        path: A `pathlib.Path`.
+    """
+    try:
+        profile.save(path)
+    except OSError as error:
+        warnings.warn(
+            f"The profile could not be kept: {error}. Received: "
+            f"cache={str(path.parent)!r}. Use a folder that can be written.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def still_fits(profile, limit, safety_margin):
+    """Whether there is the memory now that a profile's largest size takes.
+
+    Where no limit is given it is what the device, or the host, has free:
+    another machine may have less, and so may the same one at another time.
+
+    Args:
+        profile: A `BatchProfile`.
+        limit: Bytes that there are now, None if not known.
+        safety_margin: Share of them that stays free.
+    """
+    peaks = [
+        row.peak_bytes
+        for row in profile.rows
+        if row.batch_size == profile.max_batch_size
+    ]
+    if limit is None or peaks == [None]:
+        return True
+    return max(peaks) <= limit * (1.0 - safety_margin)

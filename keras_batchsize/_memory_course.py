@@ -77,22 +77,28 @@ class Course:
         self._trials = []
         self._seen, self._most, self._predicted = {}, {}, {}
         self._finished = set()
-        strategy = replicas.strategy_of(model)
+        strategy, count = replicas.strategy_of(model), replicas.count(model)
         self._workers = None if strategy is None else Workers(strategy)
+        # Replicas that take their parts of a batch from the same memory.
+        self._sharing = 1
+        if meter.is_shared and self._workers is not None:
+            self._sharing = count // self._workers.number
         # Others may hold memory on the device, too.
         (self._resident,) = self._agreed(
-            max(float(workload.resident_bytes), float(meter.current() or 0))
+            max(
+                float(workload.resident_bytes * self._sharing),
+                float(meter.current() or 0),
+            )
         )
-        self._data = examples.data_bytes if meter.holds_data else 0
+        self._data = examples.data_bytes if meter.is_shared else 0
         self._limit, self._usable, self._reason = self._budget()
         self._hard = self._usable
         if self._usable is not None:
             # A little into the margin: a size that overshoots is no failure.
             self._hard += (self._limit - self._data - self._usable) / 4.0
-        count = replicas.count(model)
         self._hole = meter.hole(workload.forward)
         if self._hole is not None:
-            self._hole /= count
+            self._hole *= self._sharing / count
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
@@ -116,13 +122,14 @@ class Course:
         growth = self._workload.growth
         if growth is None or self._hole is None:
             return None
-        return growth / count + self._hole
+        return growth * self._sharing / count + self._hole
 
     def _make_bounds(self, count):
         cap, reason = self._limits.maximum, "maximum"
         if self._examples.count < cap:
             cap, reason = self._examples.count, "dataset"
-        cap = max(cap // count * count, count)
+        if math.isfinite(cap):
+            cap = max(cap // count * count, count)
         start = math.ceil(self._limits.start / count) * count
         return Bounds(
             start=start,
@@ -173,6 +180,7 @@ class Course:
 
     def _raise_does_not_fit(self, what):
         given, room = self._limits.memory_limit, ""
+        raised = ", or raise `memory_limit`"
         if self._usable is not None:
             room = (
                 f", of {megabytes(self._limit)} MB "
@@ -187,8 +195,8 @@ class Course:
             f"No batch size fits: {what}{room}. Received: "
             f"memory_limit={given}, "
             f"safety_margin={self._limits.safety_margin}. Use a smaller "
-            "model, an optimizer with fewer slots, shorter examples, a "
-            "mixed dtype policy, or raise `memory_limit`."
+            "model, an optimizer with fewer slots, shorter examples, or a "
+            f"mixed dtype policy{'' if given is None else raised}."
         )
 
     def _seconds_left(self):

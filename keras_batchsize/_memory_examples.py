@@ -175,6 +175,8 @@ def can_be_read_twice(x):
     """
     if isinstance(x, (keras.utils.PyDataset, tf.data.Dataset)):
         return True
+    if isinstance(x, tf.distribute.DistributedDataset):
+        return False  # It can, but is of batches of one size.
     try:
         return iter(x) is not x
     except TypeError:

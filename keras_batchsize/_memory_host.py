@@ -13,12 +13,14 @@ import sys
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _MEMINFO = pathlib.Path("/proc/meminfo")
-# Control groups, version 2 and 1: (limit, usage).
+_OWN_GROUPS = pathlib.Path("/proc/self/cgroup")
+# Control groups, version 2 and 1: folder, limit, usage.
 _GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
     (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
     ),
 )
 
@@ -74,13 +76,34 @@ def reset_peak():
 def available_bytes():
     """Returns the memory that the process may still take, or None."""
     found = [_kilobytes("MemAvailable", _read(_MEMINFO))]
-    for limit, usage in _GROUPS:
-        limit, usage = _read(limit).strip(), _read(usage).strip()
-        if limit.isdigit() and usage.isdigit():
-            found.append(int(limit) - int(usage))
+    for top, limit, usage in _GROUPS:
+        for folder in _folders_below(pathlib.Path(top)):
+            most, used = _read(folder / limit), _read(folder / usage)
+            if most.strip().isdigit() and used.strip().isdigit():
+                found.append(int(most) - int(used))
     found.append(_address_space())
     known = [max(one, 0) for one in found if one is not None]
     return min(known, default=None)
+
+
+def _folders_below(top):
+    """Returns the folders of the process's control group and those above.
+
+    In a container the own group is shown as the top; outside (SLURM, systemd)
+    it lies below, and the limit of each above holds as well.
+
+    Args:
+        top: Where the groups of memory are.
+    """
+    folders = {top}
+    for line in _read(_OWN_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        is_memory = not controllers or "memory" in controllers.split(",")
+        # A path with dots leads out of what the process may see.
+        if is_memory and ".." not in path:
+            own = top / path.strip("/")
+            folders |= {own, *own.parents[: len(own.parts) - len(top.parts)]}
+    return sorted(folders)
 
 
 def _address_space():

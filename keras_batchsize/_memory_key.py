@@ -152,6 +152,7 @@ class _Description:
         result = {
             "class": self._code(type(thing)),
             "dtype": str(getattr(thing, "dtype", None)),
+            "remat": self._remat_of(thing),
             "functions": [
                 self._code(one) for one in functions
                 if _memory_code.is_own(one)
@@ -163,6 +164,11 @@ class _Description:
         if config is None or _has_own_compile(thing):
             result["attributes"] = self._attributes(thing)
         return result
+
+    def _remat_of(self, thing):
+        """Describes what of a layer is computed twice, to save memory."""
+        mode = keras_private.remat_mode(thing)
+        return mode and self.of(list(mode))
 
     def _attributes(self, thing):
         """Describes the attributes that the own code of a class uses."""

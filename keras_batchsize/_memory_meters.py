@@ -19,6 +19,8 @@ MEMORY, HOST_MEMORY = "memory", "host memory"
 # Of the memory that the host has free a trial may take this share: there,
 # running out means that the system ends the process.
 HOST_SHARE = 0.5
+# What TensorFlow's own allocator may hand out on a CPU if nothing is said.
+_DEFAULT_MEGABYTES = 2**16
 
 
 class Meter:
@@ -34,7 +36,8 @@ class Meter:
             large as what they are used for.
         counts_first_call: Whether the peak of a first call tells of the
             step, and not of tracing or compiling.
-        holds_data: Whether the whole data of `fit` lie on the device, too.
+        is_shared: Whether it is the memory of the host, which all replicas
+            of a process share, and in which the whole data of `fit` lie, too.
     """
 
     device = ""
@@ -43,7 +46,7 @@ class Meter:
     lost_bytes = 0
     holes = 0.0
     counts_first_call = True
-    holds_data = False
+    is_shared = False
 
     def limit(self):
         """Returns the bytes that there are for steps, or None, and whose."""
@@ -113,8 +116,8 @@ class AllocatorMeter(Meter):
         self._devices = devices
         self.device = ", ".join(devices)
         self.name = "allocator statistics"
-        self.holds_data = devices[0].startswith("CPU")
-        if self.holds_data:
+        self.is_shared = devices[0].startswith("CPU")
+        if self.is_shared:
             # A CPU's allocator grows by regions. The first, of 2, 4 and 8 MB,
             # are too small for large tensors. Judged by the sizes at which
             # fresh processes began to fail: an MLP, a CNN, a Transformer, two
@@ -138,7 +141,7 @@ class AllocatorMeter(Meter):
         On CPUs only: there memory that is not written to costs nothing. GPUs
         begin with one region, unless the user wanted them to grow.
         """
-        if not self.holds_data:
+        if not self.is_shared:
             return
         limit, _ = self.limit()
         if most_bytes is not None and limit is not None:
@@ -183,7 +186,7 @@ class HostMeter(Meter):
     """
 
     counts_first_call = False
-    holds_data = True
+    is_shared = True
 
     def __init__(self):
         self.device = "CPU:0"
@@ -270,15 +273,15 @@ def allocator_limit(device):
     if kind != "CPU":
         limit = _configured_limit(kind, int(index))
         return limit if limit is not None else _session_limit(device), MEMORY
-    found = [(None, MEMORY)]
+    found = []
     given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
-    if given.isdigit():
-        found.append((int(given) * 2**20, MEMORY))
+    megabytes = int(given) if given.isdigit() else _DEFAULT_MEGABYTES
+    found.append((megabytes * 2**20, MEMORY))
     free = _memory_host.available_bytes()
     if free is not None:
         used = tf.config.experimental.get_memory_info(device)["current"]
         found.append((HOST_SHARE * free + used, HOST_MEMORY))
-    return min(found[1:], default=found[0])
+    return min(found)
 
 
 def _configured_limit(kind, index):

@@ -117,7 +117,7 @@ def _check_device(model):
             "A child process cannot use the GPU while this one holds its "
             "memory. Received: isolation=True with "
             f"{tf.config.list_physical_devices('GPU')[0].name}. Use "
-            "isolation=False, or start with CUDA_VISIBLE_DEVICES unset."
+            "isolation=False, or start with CUDA_VISIBLE_DEVICES=-1."
         )
     if model.distribute_strategy.num_replicas_in_sync > 1:
         raise ValueError(
@@ -210,6 +210,10 @@ def _save_examples(folder, request, examples):
     leaves = keras.tree.flatten(examples.few(64))
     if not all(isinstance(one, tf.Tensor) for one in leaves if one is not None):
         _refuse("the examples are ragged or sparse")
+    for one in leaves:
+        # A file of arrays holds neither texts nor what NumPy has no type for.
+        if one is not None and np.asarray(one).dtype.kind not in "biufc":
+            _refuse(f"the examples are of dtype {one.dtype.name}")
     x, y, weight = keras.utils.unpack_x_y_sample_weight(examples.few(64))
     request["given"] = [one is not None for one in (x, y, weight)]
     arrays, parts = {}, []

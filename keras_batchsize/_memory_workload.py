@@ -20,6 +20,7 @@ from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_snapshot import Snapshot
+from keras_batchsize._train_function_memory import changed_by_training
 from keras_batchsize.train_function import team_of
 
 # Batches there are at once: one in use, and two that a pipeline has read ahead.
@@ -46,7 +47,8 @@ class Workload:
         accumulates: Whether training may sum the gradients of micro-batches.
 
     Attributes:
-        forward: The `Forward` of the model; None if it cannot be traced.
+        forward: The `Forward` of the model; None if it runs eagerly, or if a
+            step may be more than a forward pass and the way back.
     """
 
     def __init__(self, model, examples, meter, accumulates):
@@ -82,7 +84,7 @@ class Workload:
             self._accumulates = self._has_known_step()
         self._graphs = team.make_graphs(model, 1, self._accumulates)
         self._graphs.build(self._examples.one)
-        if not model.run_eagerly:
+        if not model.run_eagerly and _is_called_once(model):
             self.forward = forward_of(
                 model, self._examples.one, training=not self._replicated
             )
@@ -122,6 +124,8 @@ class Workload:
 
     def _validation_step(self):
         model, step = self._model, self._model.test_step
+        if not _can_be_called(model):
+            return lambda data: {}  # Nor can it be validated by `fit`.
         if self._replicated:
             step = self._validate_everywhere
         if model.run_eagerly:
@@ -237,7 +241,7 @@ class Workload:
         """
         if not self.compiles:
             return None
-        return exhaustion.HeldValues(self._snapshot.variables)
+        return exhaustion.HeldValues(changed_by_training(self._model))
 
     def _rate(self):
         step = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
@@ -350,6 +354,19 @@ def _wait_for(logs):
         keras.ops.convert_to_numpy(value)
 
 
+def _can_be_called(model):
+    """Whether a model has a `call`: some have their own `train_step` only."""
+    return type(model).call is not keras.Model.call
+
+
+def _is_called_once(model):
+    """Whether a step calls the model once, as that of Keras does."""
+    return _can_be_called(model) and all(
+        getattr(type(model), name) is getattr(keras.Model, name)
+        for name in ("train_step", "compute_loss")
+    )
+
+
 def build_layers(model, example):
     """Builds what `fit` would build when it traces its first step.
 
@@ -361,6 +378,12 @@ def build_layers(model, example):
         example: A batch of one example.
     """
     if all(layer.built for layer in keras_private.flatten_layers(model)):
+        return
+    if not _can_be_called(model):
+        return  # Its own step builds what it calls.
+    if replicas.strategy_of(model) is not None:
+        # Mirrored variables cannot be made inside a graph.
+        keras_private.build_symbolically(model, example)
         return
     x, _, _ = keras.utils.unpack_x_y_sample_weight(example)
     call = functools.partial(model, training=False)

@@ -11,6 +11,8 @@ import math
 import warnings
 
 from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
+from keras_batchsize import replicas
 
 # Holding costs one more copy of the variables while a superbatch is trained on.
 # Up to so many bytes always, where memory may run out at any time; beyond, and
@@ -32,6 +34,7 @@ class MemoryGuard:
     def __init__(self, model, is_alone=True):
         self._model = model
         self._is_alone = is_alone
+        self._is_replicated = replicas.strategy_of(model) is not None
         self._held_always = (
             _HELD_ALWAYS if exhaustion.raises_when_exhausted() else 0
         )
@@ -75,7 +78,7 @@ class MemoryGuard:
         proven = self._succeeded.get(key, 0) >= _PROVEN_AFTER
         if proven and not self._held_always:
             return None
-        variables = exhaustion.variables_of(self._model)
+        variables = changed_by_training(self._model)
         if proven and exhaustion.bytes_of(variables) > self._held_always:
             return None
         return exhaustion.HeldValues(variables)
@@ -96,7 +99,7 @@ class MemoryGuard:
     def _why(self):
         if not self._is_alone:
             return "the other workers wait in the middle of an update"
-        if self._model.jit_compile:
+        if self._model.jit_compile and not self._is_replicated:
             return (
                 "XLA has freed variables, which are too large to be held all "
                 "the time; any use of them may end the process"
@@ -110,6 +113,20 @@ class MemoryGuard:
             "an update is half-made, and the variables are too large to be "
             "held all the time"
         )
+
+
+def changed_by_training(model):
+    """Returns all variables that an update changes, each once.
+
+    Args:
+        model: A compiled Keras model.
+
+    Returns:
+        List of Keras variables: those of the model, and of the seed generator
+        that layers share which have none of their own.
+    """
+    seeds = keras_private.global_seeds(keras_private.global_state())
+    return [*exhaustion.variables_of(model), *seeds]
 
 
 def halved(examples, batch_size):
@@ -127,9 +144,10 @@ def halved(examples, batch_size):
     """
     if examples <= 1:
         raise ValueError(
-            "One example must fit into memory: there is nothing left to "
-            f"halve. Received: batch_size={batch_size}, run one by one. Use "
-            "a smaller model or a mixed dtype policy."
+            "One example must fit into memory, and a copy of all variables "
+            "that is held meanwhile: there is nothing left to halve. "
+            f"Received: batch_size={batch_size}, run one by one. Use a "
+            "smaller model or a mixed dtype policy."
         )
     half = math.ceil(examples / 2)
     warnings.warn(

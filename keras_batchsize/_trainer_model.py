@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import _controller_state
+from keras_batchsize import keras_private
 from keras_batchsize import memory
 from keras_batchsize import replicas
 from keras_batchsize import requirements
@@ -82,7 +83,7 @@ class KeptProfile:
 def _compiled(model):
     """What `compile` sets, and what memory and time depend on."""
     return (
-        *(model.optimizer, model.loss),
+        *(keras_private.compiled(model), model.optimizer),
         *(bool(model.jit_compile), bool(model.run_eagerly)),
     )
 

@@ -155,6 +155,18 @@ def compiled(model):
     return model._compile_config
 
 
+def remat_mode(layer):
+    """Returns what a `keras.RematScope` told a layer to compute twice.
+
+    Args:
+        layer: A Keras layer, or any other object.
+
+    Returns:
+        A named tuple, or None.
+    """
+    return getattr(layer, "_remat_mode", None)
+
+
 def mask_of(y_pred):
     """Returns the Keras mask that a tensor carries, or None."""
     return getattr(y_pred, "_keras_mask", None)

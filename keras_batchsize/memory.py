@@ -27,8 +27,10 @@ from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize._memory_cache import check_folder
+from keras_batchsize._memory_cache import keep
 from keras_batchsize._memory_cache import load
 from keras_batchsize._memory_cache import path_of
+from keras_batchsize._memory_cache import still_fits
 from keras_batchsize._memory_compare import compared
 from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_examples import can_be_read_twice
@@ -127,13 +129,20 @@ def find_max_batch_size(
             cache, model, examples, limits, isolation, device, accumulates
         )
         known = path and load(path)
-        if known is not None:
+        if known is not None and _still_fits(known, model, limits):
             return known
     run = probe_in_process if isolation else probe
     profile = run(model, examples, limits, accumulates)
     if path is not None:
-        profile.save(path)
+        keep(profile, path)
     return profile
+
+
+def _still_fits(profile, model, limits):
+    own, _ = meter_for(model).limit()
+    if own is None or limits.memory_limit is not None:
+        own = limits.memory_limit
+    return still_fits(profile, own, limits.safety_margin)
 
 
 def compare_dtype_policies(
@@ -167,7 +176,7 @@ def compare_dtype_policies(
 
     Raises:
         TypeError: If `build_fn` is not a function.
-        ValueError: If there are fewer than two policies.
+        ValueError: If there are fewer than two policies, or one is not known.
     """
     if not callable(build_fn) or isinstance(build_fn, keras.Model):
         raise TypeError(
@@ -181,6 +190,8 @@ def compare_dtype_policies(
             f"compared. Received: policies={policies!r}. Use "
             'policies=("float32", "mixed_bfloat16").'
         )
+    # A name that Keras does not know is an error before anything is probed.
+    policies = [keras.dtype_policies.get(one).name for one in policies]
     return compared(
         build_fn,
         x,
@@ -193,6 +204,19 @@ def compare_dtype_policies(
 def on_accelerator():
     """Whether there is a device whose memory is not that of the host."""
     return bool(tf.config.list_logical_devices("GPU"))
+
+
+def takes_any_size(model):
+    """Whether a model can be run at any batch size, as a probe must.
+
+    Args:
+        model: A compiled Keras model.
+    """
+    try:
+        requirements.check_any_size(model)
+    except ValueError:
+        return False
+    return True
 
 
 def check_probed(model):

@@ -11,7 +11,6 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import memory
-from keras_batchsize import slicing
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_meters import Meter
 from keras_batchsize._memory_workload import Workload
@@ -141,7 +140,7 @@ class FakeWorkload(Workload):
 
         def validates(data):
             logs = validate(data)
-            self._meter.run("validation", slicing.number_of_examples(data))
+            self._meter.run("validation", self._meter.size)
             return logs
 
         return validates

@@ -224,6 +224,44 @@ def replicas_are_left_as_they_were():
     assert outcomes[0] == outcomes[1], outcomes
 
 
+def unbuilt_replicas_are_mirrored():
+    """Two replicas of a model that is not built before it is probed."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+    data = comparing.regression(64)
+    profile = kb.find_max_batch_size(model, *data, maximum=40)
+    assert profile.max_batch_size == 40
+    for variable in model.weights:
+        assert isinstance(variable.value, tf.distribute.DistributedValues)
+    kb.AdaptiveTrainer(model, policy="fixed", verbose=0).fit(
+        *data, batch_size=8, verbose=0
+    )
+    holes_of_replicas_that_share_memory(model)
+
+
+def holes_of_replicas_that_share_memory(model):
+    """Of replicas on a CPU what each of them takes adds up."""
+    from fake_memory import MB
+    from fake_memory import FakeMeter
+    from fake_memory import probe
+
+    alone = FakeMeter(100 * MB, slope=0.01 * MB)
+    shared = FakeMeter(100 * MB, slope=0.01 * MB)
+    alone.holes = shared.holes = 2.0
+    shared.is_shared = True
+    first, second = (
+        probe(meter, model, count=40, maximum=40) for meter in (alone, shared)
+    )
+    assert second.hole_per_example == 2.0 * first.hole_per_example > 0.0
+    assert second.resident_bytes == 2 * first.resident_bytes
+
+
 def replica_values(model):
     from keras_batchsize import exhaustion
 

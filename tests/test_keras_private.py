@@ -73,6 +73,7 @@ ATTRIBUTES = {
     "_inputs": "makes_batches and tensors_of",
     "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
+    "_remat_mode": "remat_mode",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
     "_map_func": "in_order",
@@ -345,6 +346,15 @@ def test_compile_loss_has_a_metric_for_each_of_several_outputs():
     single.fit(*comparing.regression(8), verbose=0)
     assert single._compile_loss.metrics == [], message
     assert compiled(dense, loss=None)()._compile_loss is None, message
+
+
+def test_a_layer_remembers_the_scope_it_was_made_in():
+    with keras.RematScope(mode="full"):
+        inside = keras.layers.Dense(1)
+    message = changed("_remat_mode", user("_remat_mode"))
+    mode = getattr(inside, "_remat_mode", None)
+    assert getattr(mode, "mode", None) == "full", message
+    assert keras.layers.Dense(1)._remat_mode is None, message
 
 
 def test_mask_travels_with_a_tensor():

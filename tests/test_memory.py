@@ -43,6 +43,14 @@ def test_answer_was_run_and_stayed_within_the_margin():
     assert len(profile.rows) <= 7
 
 
+def test_data_of_unknown_length_are_probed_as_others():
+    limits = {"limit": 100 * MB, "constant": 10 * MB, "slope": 0.01 * MB}
+    profile = probe(FakeMeter(**limits), count=math.inf)
+    assert 0.85 * 8500 <= profile.max_batch_size <= 8500
+    assert all(row.batch_size % 8 in (0, 1) for row in profile.rows)
+    assert profile.reason == "memory"
+
+
 class SpikyMeter(FakeMeter):
     """Every fourth peak is higher."""
 
@@ -565,7 +573,7 @@ def test_limit_below_the_weights_is_refused():
 def test_data_that_leave_no_room_are_named():
     x = np.zeros((1000, comparing.FEATURES), "float32")
     meter = FakeMeter(limit=20_000, slope=1)
-    meter.holds_data = True
+    meter.is_shared = True
     model = make_dense()
     examples = Examples((x, x[:, :1]), 1000, data_bytes=x.nbytes)
     with pytest.raises(ValueError, match="(?s)copy of the data.*Received"):

@@ -144,6 +144,37 @@ def frozen():
     return model
 
 
+def test_what_is_computed_twice_makes_another_model():
+    def within(**scope):
+        with keras.RematScope(**scope):
+            return model_of()
+
+    models = [
+        model_of(),
+        within(mode="full"),
+        within(mode="larger_than", output_size_threshold=64),
+        within(mode="larger_than", output_size_threshold=65),
+    ]
+    assert len({digest(model) for model in models}) == len(models)
+    assert digest(within(mode="full")) == digest(models[1])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, True), (11, True), (10, False)]
+)
+def test_a_profile_holds_where_there_is_the_memory_it_takes(limit, expected):
+    assert _memory_cache.still_fits(FOUND, limit, 0.05) == expected
+
+
+def test_a_profile_that_cannot_be_kept_is_not_lost(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="not be kept.*Received: cache"):
+        _memory_cache.keep(FOUND, file / "profile.json")
+    file.write_text("[]")
+    assert _memory_cache.load(file) is None
+
+
 def test_xla_makes_another_model():
     def small(jit_compile):
         model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])

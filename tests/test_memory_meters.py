@@ -40,13 +40,11 @@ def test_host_meter_sees_what_a_process_takes():
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """A host whose files are written by a test; at first it tells nothing."""
-    for name in ("STATUS", "CLEAR", "MEMINFO"):
+    for name in ("STATUS", "CLEAR", "MEMINFO", "OWN_GROUPS"):
         monkeypatch.setattr(_memory_host, f"_{name}", tmp_path / name)
     groups = (("max2", "current2"), ("limit1", "usage1"))
     monkeypatch.setattr(
-        _memory_host,
-        "_GROUPS",
-        [[tmp_path / name for name in names] for names in groups],
+        _memory_host, "_GROUPS", [(tmp_path, *names) for names in groups]
     )
     limits = {"soft": resource.RLIM_INFINITY}
     monkeypatch.setattr(
@@ -56,12 +54,23 @@ def host(tmp_path, monkeypatch):
     def write(soft=resource.RLIM_INFINITY, **texts):
         limits["soft"] = soft
         for name, text in texts.items():
-            (tmp_path / name).write_text(text)
+            path = tmp_path / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
     return write
 
 
 FREE = "MemTotal:       9000000 kB\nMemAvailable:    8000000 kB\n"
+NESTED = {
+    "MEMINFO": FREE,
+    "job__max2": "9000\n",
+    "job__current2": "7500\n",
+    "job__step__max2": "max\n",
+    "job__step__current2": "7000\n",
+    "job__step__task__max2": "1000\n",
+    "job__step__task__current2": "300\n",
+}
 VIRTUAL = "VmPeak:\t  999999 kB\nVmSize:\t  100000 kB\nVmRSS:\t  5000 kB\n"
 
 
@@ -76,6 +85,13 @@ VIRTUAL = "VmPeak:\t  999999 kB\nVmSize:\t  100000 kB\nVmRSS:\t  5000 kB\n"
         # Version 1 writes a number larger than any memory for no limit.
         ({"MEMINFO": FREE, "limit1": f"{2**63}", "usage1": "8"}, 8192 * MB),
         ({"max2": "9000", "current2": "9500"}, 0),
+        # Without a container the own group lies below: job, step, task.
+        ({"OWN_GROUPS": "0::/job/step\n", **NESTED}, 1500),
+        ({"OWN_GROUPS": "0::/job/step/task\n", **NESTED}, 700),
+        ({"OWN_GROUPS": "9:memory:/job\n", **NESTED}, 1500),
+        ({"OWN_GROUPS": "9:cpu,cpuacct:/job\n", **NESTED}, 8192 * MB),
+        ({"OWN_GROUPS": "0::/\n", **NESTED}, 8192 * MB),
+        ({"OWN_GROUPS": "0::/../job\n", **NESTED}, 8192 * MB),
         ({"MEMINFO": FREE, "STATUS": VIRTUAL}, 8192 * MB),
         ({"STATUS": VIRTUAL, "soft": 100_000 * 1024 + 77}, 77),
         ({"MEMINFO": FREE, "STATUS": VIRTUAL, "soft": 5}, 0),
@@ -153,12 +169,12 @@ def test_a_limit_that_is_given_is_no_memory_of_the_host(monkeypatch):
 # Data that lie where the model lies.
 
 
-@pytest.mark.parametrize("holds_data", [True, False])
-def test_data_take_of_the_memory_of_a_cpu(holds_data):
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_data_take_of_the_memory_of_a_cpu(is_shared):
     meter = FakeMeter(limit=100 * MB, slope=0.01 * MB)
-    meter.holds_data = holds_data
+    meter.is_shared = is_shared
     profile = probe(meter, data_bytes=40 * MB)
-    usable = 95 * MB - holds_data * 40 * MB
+    usable = 95 * MB - is_shared * 40 * MB
     assert profile.usable_bytes == usable
     most = 0.01 * MB * profile.max_batch_size
     assert 0.85 * usable <= most <= usable
@@ -307,7 +323,9 @@ def test_a_session_tells_what_its_allocators_were_given():
         ("100", 20 * MIB, (17 * MIB, "host memory")),
         ("", 20 * MIB, (17 * MIB, "host memory")),
         ("100", None, (100 * MIB, "memory")),
-        ("", None, (None, "memory")),
+        # TensorFlow's own default.
+        ("", None, (2**36, "memory")),
+        ("", 10**12, (2**36, "memory")),
     ],
 )
 def test_limit_of_the_allocator_of_a_cpu(given, free, limit, monkeypatch):

@@ -35,6 +35,7 @@ LIMIT = {
         ("xla_fails_three_times", LIMIT),
         ("training_goes_on", LIMIT),
         ("replicas_are_left_as_they_were", {}),
+        ("unbuilt_replicas_are_mirrored", {}),
     ],
 )
 def test_in_a_process(name, environment, run_python, monkeypatch):
@@ -259,6 +260,17 @@ def test_model_that_cannot_be_handed_over_is_refused_with_the_reason():
         model.compile("sgd", "mse")
         with pytest.raises(ValueError, match=f"isolation=True; .*{reason}"):
             kb.find_max_batch_size(model, X, Y, isolation=True)
+
+
+@pytest.mark.parametrize("kind", ["string", "bfloat16"])
+def test_examples_that_cannot_be_handed_over_are_refused(kind):
+    x = tf.constant([["a"], ["b"]])
+    if kind == "bfloat16":
+        x = tf.zeros((2, 16), kind)
+    with pytest.raises(ValueError, match=f"isolation=True; .*dtype {kind}"):
+        kb.find_max_batch_size(
+            model_of(), tf.data.Dataset.from_tensors((x, Y[:2])), isolation=True
+        )
 
 
 def test_profiles_are_kept(tmp_path, monkeypatch):

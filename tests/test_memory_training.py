@@ -19,6 +19,8 @@ from keras_batchsize import _memory_compare
 from keras_batchsize import memory
 from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
+from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_workload import Workload
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.throughput import StepTime
@@ -98,6 +100,7 @@ def test_trainer_starts_from_its_probe():
     assert state["expected"] == [
         profile.step_time.fixed,
         profile.step_time.per_example,
+        0,
     ]
 
 
@@ -151,6 +154,81 @@ def test_sums_of_gradients_fit_where_a_trainer_probes(monkeypatch):
     assert 0.85 * 950 <= plain <= 950
     assert 0.85 * 475 <= summed <= 475
     assert ("sums", summed) in meter.ran
+
+
+@pytest.mark.parametrize("how", ["one size", "stateful"])
+def test_models_of_one_size_are_not_probed(how, monkeypatch):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    model = keras.Sequential(
+        [
+            keras.Input(
+                (comparing.FEATURES,),
+                batch_size=8 if how == "one size" else None,
+            ),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.layers[-1].stateful = how == "stateful"
+    model.compile("sgd", "mse")
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+    trainer.fit(*comparing.regression(64), batch_size=8, verbose=0)
+    with pytest.raises(ValueError, match="Received: "):
+        trainer.probe(*comparing.regression(64))
+
+
+def test_an_argument_of_the_probe_may_be_given():
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    data = comparing.regression(64)
+    profile = trainer.probe(*data, accumulates=False, maximum=8)
+    assert profile.max_batch_size == 8
+
+
+class TwoNetworks(keras.Model):
+    """Has a step of its own, and no `call`: as models of two parts do."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = keras.layers.Dense(4), keras.layers.Dense(1)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.other(self.one(x)) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, variables), variables)
+        )
+        return {"loss": loss}
+
+
+def test_a_model_with_nothing_but_a_step_is_probed():
+    model = TwoNetworks()
+    model.compile("sgd")
+    data = comparing.regression(64)
+    profile = kb.find_max_batch_size(model, *data, maximum=16)
+    assert profile.max_batch_size == 16
+    model.fit(*data, verbose=0)
+
+
+def test_what_a_step_of_ones_own_takes_is_not_foretold():
+    class TwoViews(keras.Sequential):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    class Penalised(keras.Sequential):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    forwards = []
+    for kind in (keras.Sequential, TwoViews, Penalised):
+        layers = [keras.Input((comparing.FEATURES,)), keras.layers.Dense(1)]
+        model = kind(layers)
+        model.compile("sgd", "mse")
+        examples = read_examples(model, *comparing.regression(16))
+        with Workload(model, examples, FakeMeter(MB), False) as workload:
+            forwards.append(workload.forward)
+    assert forwards[0] is not None
+    assert forwards[1:] == [None, None]
 
 
 def test_generators_are_not_probed(monkeypatch):

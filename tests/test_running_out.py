@@ -247,6 +247,37 @@ def test_running_out_unheld_on_a_plain_cpu_says_why():
         guard.run(fails, "key", None)
 
 
+def test_seeds_that_layers_share_are_put_back():
+    keras.utils.set_random_seed(0)
+    keras.random.normal(())  # Makes the generator, if there is none yet.
+    guard = _train_function_memory.MemoryGuard(of_limited(1)())
+    drawn = []
+
+    def draws_then_fails():
+        drawn.append(float(keras.random.normal(())))
+        if len(drawn) == 1:
+            raise MemoryError
+
+    guard.run(draws_then_fails, "key", lambda: "smaller")
+    assert drawn[0] == drawn[1]
+
+
+def test_a_measurement_that_is_too_large_is_no_surprise(monkeypatch):
+    # Updates of eight examples have run often; parts of 16 have not.
+    monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 0)
+    trainer = kb.AdaptiveTrainer(
+        of_limited(8)(),
+        "measure",
+        superbatch_size=128,
+        max_batch_size=8,
+        measure_every=64,
+        verbose=0,
+    )
+    with pytest.warns(RuntimeWarning, match="16 examples in one pass"):
+        trainer.fit(*comparing.regression(1024), batch_size=8, verbose=0)
+    assert trainer.noise_scale.squared_norm != 0.0
+
+
 def test_other_workers_are_not_left_waiting():
     guard = _train_function_memory.MemoryGuard(of_limited(1)(), False)
 
