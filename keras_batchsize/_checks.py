@@ -52,6 +52,24 @@ def real(name, value, low, high, why, remedy):
     return float(value)
 
 
+def enough_examples(number, received):
+    """Raises if there are too few examples to tell noise from signal.
+
+    Args:
+        number: Integer, how many there are at most.
+        received: What holds them, in words.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    if number < 2:
+        raise ValueError(
+            "The data must hold at least 2 examples: gradient noise is how "
+            f"examples differ. Received: {received} with {number} examples. "
+            "Pass more data."
+        )
+
+
 def known(name, value, choices, why):
     """Returns `value`, or raises with the list of known names."""
     if value not in choices:

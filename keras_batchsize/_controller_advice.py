@@ -3,6 +3,7 @@
 import math
 
 from keras_batchsize import throughput
+from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
 
@@ -43,7 +44,8 @@ def _size_of_largest_goodput(controller, step_time, noise_scale):
     ladder = Ladder(base, base, most, replicas=controller.replicas)
     for larger in ladder.sizes[1:]:
         if 1.0 >= throughput.speedup(
-            size, larger, step_time, noise_scale, base, controller.efficiency
+            *(size, larger, step_time, noise_scale),
+            *(controller.clock.batch_size, controller.efficiency),
         ):
             break
         size = larger
@@ -57,7 +59,9 @@ def why_unchanged(controller):
         controller: A `Controller` whose size never changed.
     """
     if controller.policy.needs_noise and not controller.noise_scale.resolved:
-        return "the noise scale was not resolved from zero"
+        if controller.noise_scale is not UNKNOWN:
+            return "the noise scale was not resolved from zero"
+        return "no noise was measured, which takes two whole superbatches"
     if len(controller.ladder.sizes) == 1:
         return "the bounds leave one size only"
     return "no other size was better"

@@ -114,7 +114,7 @@ class Speed:
             status.batch_size,
             self._step_time,
             status.noise_scale,
-            status.base_batch_size,
+            status.size_of_the_rate,
             status.efficiency,
         )
 
@@ -133,16 +133,16 @@ class Speed:
             new,
             known,
             status.noise_scale,
-            status.base_batch_size,
+            status.size_of_the_rate,
             status.efficiency,
         )
 
-    def observed_speedup(self, decision, base_batch_size, efficiency):
+    def observed_speedup(self, decision, size_of_the_rate, efficiency):
         """Returns the speed-up of a change with the times of both sizes.
 
         Args:
             decision: A `Decision` or anything with its first three fields.
-            base_batch_size: B₀.
+            size_of_the_rate: See `Status`.
             efficiency: See `Status`.
 
         Returns:
@@ -155,14 +155,19 @@ class Speed:
             return math.nan
         ratio = (new / new_seconds) / (old / old_seconds)
         return ratio * throughput.progress_ratio(
-            old, new, decision.noise_scale, base_batch_size, efficiency
+            old, new, decision.noise_scale, size_of_the_rate, efficiency
         )
 
     def get_state(self):
         """Returns what was expected as plain JSON types, or None."""
         if self._expected is None:
             return None
-        return [self._expected.fixed, self._expected.per_example]
+        expected = self._expected
+        return [
+            *(expected.fixed, expected.per_example),
+            # A number, as all of them.
+            int(expected.guessed),
+        ]
 
     def set_state(self, timings, expected, share=1.0):
         """Takes over the states of the timings, and of `get_state`.
@@ -175,7 +180,10 @@ class Speed:
         """
         self.timings.set_state(timings)
         if expected is not None:
-            self._expected = throughput.StepTime(*expected)
+            fixed, per_example, *guessed = expected
+            self._expected = throughput.StepTime(
+                fixed, per_example, guessed=guessed == [1]
+            )
         self.fit()
         if share != 1.0 and self._step_time is not None:
             self.timings.set_state(_shared(timings, self._step_time, share))

@@ -77,7 +77,11 @@ _STATE = {
     "examples": _COUNT,
     "updates": _COUNT,
     "base_steps": _COUNT,
-    "clock": {"steps": _COUNT, "examples": _COUNT},
+    "clock": {
+        "steps": _COUNT,
+        "examples": _COUNT,
+        "epoch_length": _COUNT,
+    },
     "epoch": _COUNT,
     "changed_at": _PAIR,
     "known_noise_scale": _KNOWN,
@@ -110,7 +114,13 @@ _STATE = {
 }
 
 # What `set_state` does without, as it was not saved from the start.
-_ADDED_LATER = {"largest_micro_batch_size", "replicas", "expected", "_counts"}
+_ADDED_LATER = {
+    "largest_micro_batch_size",
+    "replicas",
+    "expected",
+    "_counts",
+    "epoch_length",
+}
 
 
 def check_state(state):

@@ -15,7 +15,7 @@ class Status:
 
     Attributes:
         batch_size: Examples per update now.
-        base_batch_size: B₀, the size the user's learning rate was meant for.
+        base_batch_size: B₀, the size that training starts from.
         smaller: The next smaller size that may be used, or `batch_size`.
         larger: The next larger size that may be used, or `batch_size`.
         noise_scale: φ in examples. NaN while it is not resolved.
@@ -28,6 +28,8 @@ class Status:
         epoch: Zero-based integer.
         efficiency: Progress per example under the learning-rate rule in
             force: `throughput.efficiency` or `throughput.linear_efficiency`.
+        rate_batch_size: The size the user's learning rate was meant for, if
+            that is not B₀.
     """
 
     batch_size: int
@@ -42,6 +44,12 @@ class Status:
     loss: float = math.nan
     epoch: int = 0
     efficiency: Callable[..., float] = throughput.efficiency
+    rate_batch_size: int | None = None
+
+    @property
+    def size_of_the_rate(self):
+        """The size the user's learning rate was meant for."""
+        return self.rate_batch_size or self.base_batch_size
 
 
 class BatchSizePolicy:

@@ -14,8 +14,10 @@ class BatchSizeSchedule(BatchSizePolicy):
     """A size for each epoch, stated beforehand.
 
     Smith et al. 2018 (ICLR; arXiv:1711.00489): where a learning rate would be
-    cut by k, grow the batch by k and leave the rate alone. For that use
-    combine it with `learning_rate_scaling="none"`.
+    cut by k, grow the batch by k and leave the rate alone. What they keep is
+    the noise of SGD, g ≈ ε·N/B for a rate ε and N examples (Smith and Le
+    2018, arXiv:1710.06451). For that use combine it with
+    `learning_rate_scaling="none"`.
 
     Args:
         schedule: A function from the zero-based epoch to a batch size, or a
@@ -71,9 +73,10 @@ class GrowOnPlateau(BatchSizePolicy):
     """Grows the batch when a metric has stopped improving.
 
     The twin of `keras.callbacks.ReduceLROnPlateau`, with the same arguments
-    and the same waiting; a larger batch lowers the noise of SGD as a smaller
-    rate does (Smith et al. 2018, ICLR; arXiv:1711.00489). Combine it with
-    `learning_rate_scaling="none"` for that effect.
+    and the same waiting; a larger batch lowers the noise of SGD, g ≈ ε·N/B
+    for a rate ε and N examples, as a smaller rate does (Smith and Le 2018,
+    arXiv:1710.06451; Smith et al. 2018, ICLR; arXiv:1711.00489). Combine it
+    with `learning_rate_scaling="none"` for that effect.
 
     Args:
         monitor: Key of the epoch logs to watch.
@@ -100,6 +103,13 @@ class GrowOnPlateau(BatchSizePolicy):
         why = "the sizes that may be used are doublings of the base size"
         self.monitor = monitor
         self.factor = _checks.real("factor", factor, 2.0, 1e6, why, "Use 2.")
+        for name, value, low, why, remedy in (
+            ("patience", patience, 0, "it counts epochs", 10),
+            ("cooldown", cooldown, 0, "it counts epochs", 0),
+            ("min_delta", min_delta, -_MOST, "less is no improvement", 1e-4),
+        ):
+            edit = f"Use {name}={remedy}."
+            _checks.real(name, value, low, _MOST, why, edit)
         self.patience = patience
         self.min_delta = abs(min_delta)
         self.cooldown = cooldown

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _checks
 from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
@@ -71,6 +72,8 @@ def batched(x, y, sample_weight, model, batch_size):
         return _of_py_dataset(x, model)
     if isinstance(x, types.GeneratorType):
         few = list(itertools.islice(x, 2))
+        if len(few) == 1:
+            check_enough((0, _count(few[0])), x)
         return _of_few(_chained(few, x), few)
     if _arrays.is_arrays(x):
         count = _arrays.count(x, y, sample_weight)
@@ -153,9 +156,5 @@ def check_enough(bounds, x):
     Raises:
         ValueError: If there are fewer than two examples.
     """
-    if bounds is not None and bounds[1] < 2:
-        raise ValueError(
-            "The data must hold at least 2 examples: gradient noise is how "
-            f"examples differ. Received: x of type {type(x).__name__} with "
-            f"{bounds[1]} examples. Pass more data."
-        )
+    if bounds is not None:
+        _checks.enough_examples(bounds[1], f"x of type {type(x).__name__}")

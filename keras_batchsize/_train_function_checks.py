@@ -21,10 +21,11 @@ def checked_graphs(team, model, controller, data, cuts=False):
         ValueError: If batches are to be cut, or to grow, and the model cannot
             take that.
     """
-    cuts = cuts or controller.plan.accumulation_steps > 1
-    measures = controller.measures or controller.accumulates or cuts
-    causes = _causes(controller, team.replicated, cuts)
     sizes = _sizes_under(controller)
+    accumulates = max(sizes) > controller.superbatch_size
+    cuts = cuts or controller.plan.accumulation_steps > 1
+    measures = controller.measures or accumulates or cuts
+    causes = _causes(controller, team.replicated, accumulates, cuts)
     if causes:
         exactness.check_step(model, *_in_words(causes))
         requirements.check_parts(model)
@@ -64,7 +65,7 @@ def _size_of_the_rate(controller):
     return controller.clock.batch_size
 
 
-def _causes(controller, replicated, cuts):
+def _causes(controller, replicated, accumulates, cuts):
     """Returns why batches are cut, a list of what asks for it and an edit."""
     if replicated:
         return [("a strategy", "train without a strategy")]
@@ -75,11 +76,11 @@ def _causes(controller, replicated, cuts):
         found.append((f"policy={policy!r}", edit))
     if controller.measures and rule not in scaling.NEED_NO_NOISE:
         edit = 'scale the rate by "linear", "sqrt" or "none"'
-        found.append((f"the rate scaled by {rule.__name__}", edit))
+        found.append((f"the rate scaled by {scaling.name_of(rule)}", edit))
     if controller.measures and not found:
         edit = 'leave measure_every="auto"'
         found.append((f"measure_every={every}", edit))
-    if controller.accumulates:
+    if accumulates:
         edit = f"use max_batch_size={most}, the superbatch"
         found.append((f"max_batch_size={controller.ladder.maximum}", edit))
     elif cuts:

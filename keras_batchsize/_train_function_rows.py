@@ -18,7 +18,9 @@ class Tally:
 
     Attributes:
         seconds: Wall time of its superbatches, tracing included.
-        tracing_seconds: That of the superbatches in which something was traced.
+        tracing_seconds: That of the first superbatch if something was traced
+            in it, measuring apart: what any training of the model pays.
+        traced_examples: Examples in it.
         seconds_before: Those of the earlier fits whose run in TensorBoard it
             goes on with.
         epoch: The epoch it began with, counted from zero.
@@ -27,6 +29,7 @@ class Tally:
     def __init__(self):
         self.seconds = 0.0
         self.tracing_seconds = 0.0
+        self.traced_examples = 0
         self.seconds_before = 0.0
         self.epoch = 0
         self._before = dict.fromkeys(_COUNTS, 0)
@@ -47,9 +50,11 @@ class Tally:
         Args:
             measurement: Its `Measurement`.
         """
+        if measurement.traced and not self.seconds:
+            trained = measurement.seconds - measurement.measuring_seconds
+            self.tracing_seconds = trained
+            self.traced_examples = measurement.examples
         self.seconds += measurement.seconds
-        if measurement.traced:
-            self.tracing_seconds += measurement.seconds
 
     def of(self, controller):
         """Returns the counts of this `fit`, a dict of integers.
@@ -67,6 +72,7 @@ class Tally:
         return {
             "seconds": self.seconds,
             "tracing_seconds": self.tracing_seconds,
+            "traced_examples": self.traced_examples,
             "seconds_before": self.seconds_before,
             "epoch": self.epoch,
             "before": self._before,
@@ -81,6 +87,7 @@ class Tally:
         self.seconds = state["seconds"]
         # A backup of an earlier version has no more than that.
         self.tracing_seconds = state.get("tracing_seconds", 0.0)
+        self.traced_examples = state.get("traced_examples", 0)
         self.seconds_before = state.get("seconds_before", 0.0)
         self.epoch = state.get("epoch", 0)
         self._before |= state.get("before", {})

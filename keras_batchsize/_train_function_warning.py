@@ -4,12 +4,13 @@ import math
 import warnings
 
 
-def warn_once(measurement, controller, has_warned):
+def warn_once(measurement, batch_size, updates, has_warned):
     """Warns the first time that a loss is not finite.
 
     Args:
         measurement: The `Measurement` of a superbatch.
-        controller: The `Controller`, before it takes it in.
+        batch_size: Integer, examples per update.
+        updates: Integer, updates made in this `fit` before.
         has_warned: Whether the warning was given already.
 
     Returns:
@@ -20,9 +21,8 @@ def warn_once(measurement, controller, has_warned):
     if not has_warned:
         warnings.warn(
             f"The loss became {measurement.loss} between updates "
-            f"{controller.updates + 1} and "
-            f"{controller.updates + measurement.updates}. The batch size is "
-            f"held at {controller.batch_size} while it is not finite.",
+            f"{updates + 1} and {updates + measurement.updates}. The batch "
+            f"size is held at {batch_size} while it is not finite.",
             RuntimeWarning,
             stacklevel=3,
         )

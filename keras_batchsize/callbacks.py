@@ -10,6 +10,7 @@ import math
 
 import keras
 
+from keras_batchsize import _checks
 from keras_batchsize import keras_private
 from keras_batchsize import policies
 from keras_batchsize import replicas
@@ -25,6 +26,7 @@ from keras_batchsize._callbacks_time_to_target import TimeToTarget
 from keras_batchsize._controller_advice import recommended_batch_size
 from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
+from keras_batchsize.measuring import checked_every
 from keras_batchsize.plan import Ladder
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import multiples_in_words
@@ -93,7 +95,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         self.initial_batch_size = initial_batch_size
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
-        self.measure_every = measure_every
+        self.measure_every = checked_every(measure_every)
         self.verbose = verbose
         self.report = None
         self._train_function = None
@@ -129,6 +131,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         fitting = largest_on_ladder(base, superbatch_size, number)
         if superbatch_size < base or superbatch_size != fitting:
             if self.params.get("steps") == 1:
+                _checks.enough_examples(superbatch_size, "an epoch")
                 fitting *= 2 if superbatch_size > fitting else 1
             else:
                 raise ValueError(
@@ -178,14 +181,24 @@ class DynamicBatchSize(keras.callbacks.Callback):
         function = self.model.train_function
         if function is not self._train_function:
             self.close()
-            function.uninstall()
-            raise ValueError(
-                "Only one callback may decide the batch size: an update has "
-                "one size. Received: callbacks with two `DynamicBatchSize`, "
-                "or one beside an `AdaptiveTrainer`. Remove one of them."
-            )
+            self._refuse(function)
         self._has_ended = False
         function.start_epoch(epoch)
+
+    def _refuse(self, function):
+        """Raises, as another train function has taken the place."""
+        if not isinstance(function, AdaptiveTrainFunction):
+            raise ValueError(
+                "The model must not be compiled in `fit`: that takes the train "
+                "function out. Received: a callback that did so. Compile the "
+                "model before."
+            )
+        function.uninstall()
+        raise ValueError(
+            "Only one callback may decide the batch size: an update has one "
+            "size. Received: callbacks with two `DynamicBatchSize`, or one "
+            "beside an `AdaptiveTrainer`. Remove one of them."
+        )
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds batch size, noise scale and speed to the logs."""
@@ -242,11 +255,14 @@ class DynamicBatchSize(keras.callbacks.Callback):
             )
         base, tally = controller.ladder.base, function.tally
         counts = tally.of(controller)
+        report.complete(counts["updates"])
         report.base_updates = counts["base_steps"]
-        if controller.timings.median(base) is not None:
-            seconds = controller.timings.median(base)
-            report.base_seconds = (
-                seconds * report.base_updates + tally.tracing_seconds
+        seconds = controller.timings.median(base)
+        if seconds is not None:
+            # What the first superbatch took was not tracing alone.
+            trained = seconds * tally.traced_examples / base
+            report.base_seconds = seconds * report.base_updates + max(
+                tally.tracing_seconds - trained, 0.0
             )
         report.skipped_measurements = counts["skipped_measurements"]
         report.settings.update(settings_of(function), first_epoch=tally.epoch)

@@ -16,12 +16,14 @@ class ExamplesClock:
         batch_size: Examples per step.
         steps: Steps before the present epoch.
         examples: Examples seen in the present epoch.
+        epoch_length: Examples of the last epoch; 0 before one has ended.
     """
 
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.steps = 0
         self.examples = 0
+        self.epoch_length = 0
 
     def advance(self, examples):
         """Lets examples of the present epoch pass."""
@@ -30,7 +32,22 @@ class ExamplesClock:
     def start_epoch(self):
         """Rounds the last epoch up to whole steps."""
         self.steps += math.ceil(self.examples / self.batch_size)
+        self.epoch_length = self.examples or self.epoch_length
         self.examples = 0
+
+    def length_of_epoch(self, steps, most):
+        """Returns the examples of an epoch, infinity if nothing tells.
+
+        Args:
+            steps: Keras steps in it, or None.
+            most: Examples in each of these, or fewer in the last.
+        """
+        if steps is None:
+            return self.epoch_length or math.inf
+        # The last epoch may have been cut short, or have been of other data.
+        if (steps - 1) * most < self.epoch_length <= steps * most:
+            return self.epoch_length
+        return steps * most
 
     @property
     def step(self):
@@ -39,9 +56,15 @@ class ExamplesClock:
 
     def get_state(self):
         """Returns the clock as plain JSON types."""
-        return {"steps": self.steps, "examples": self.examples}
+        return {
+            "steps": self.steps,
+            "examples": self.examples,
+            "epoch_length": self.epoch_length,
+        }
 
     def set_state(self, state):
         """Takes over what `get_state` returned."""
         self.steps = state["steps"]
         self.examples = state["examples"]
+        # An earlier version did not save it.
+        self.epoch_length = state.get("epoch_length", 0)

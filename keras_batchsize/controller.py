@@ -100,11 +100,6 @@ class Controller:
         return self.measuring.every is not None
 
     @property
-    def accumulates(self):
-        """Whether the bounds allow batches larger than a superbatch."""
-        return self.ladder.maximum > self.superbatch_size
-
-    @property
     def noise_scale(self):
         """The `NoiseScaleEstimate` of all measurements so far."""
         return self._estimator.estimate()
@@ -154,13 +149,15 @@ class Controller:
         """Returns whether to measure the next superbatch.
 
         Args:
-            examples: Examples in it. Only whole superbatches are measured.
+            examples: Examples in it. Only whole superbatches are measured,
+                of two examples or more.
             examples_ahead: Examples whose measuring budget may be spent in
                 advance: those left to train on, at most an epoch.
         """
-        if examples != self.superbatch_size or self.measures_for_free:
-            return False
         size, count = self.batch_size, self.examples_to_measure
+        whole = examples == self.superbatch_size and count > 1
+        if not whole or self.measures_for_free:
+            return False
         ahead = examples_ahead * (self.timings.least(size) or 0.0) / size
         most = self.speed.most_to_measure(size, count)
         return self.measuring.is_due(self.updates, ahead, count, most)
@@ -321,6 +318,7 @@ class Controller:
             loss=math.nan if self.last.loss is None else self.last.loss,
             epoch=self.epoch,
             efficiency=self.efficiency,
+            rate_batch_size=self.clock.batch_size,
         )
 
     def _status_at_estimate(self):
@@ -331,7 +329,7 @@ class Controller:
     def observed_speedup(self, decision):
         """Returns the speed-up of a change with the times of both sizes."""
         return self.speed.observed_speedup(
-            decision, self.ladder.base, self.efficiency
+            decision, self.clock.batch_size, self.efficiency
         )
 
     # State.
@@ -354,7 +352,7 @@ class Controller:
             "known_noise_scale": finite_or_none(self._known_noise_scale),
             "healthy": self._healthy,
             "loss": finite_or_none(self.last.loss),
-            "learning_rate": finite_or_none(self.last.learning_rate),
+            "learning_rate": finite_or_none(self._status().learning_rate),
             "replicas": self.replicas,
             "timings": self.timings.get_state(),
             "expected": self.speed.get_state(),

@@ -39,6 +39,26 @@ _FIRST_EVERY = 2
 _COSTS = 5
 
 
+def checked_every(every):
+    """Returns how often to measure, as the user stated it, or raises.
+
+    Args:
+        every: Integer k >= 1, or "auto".
+
+    Raises:
+        TypeError: If it is neither "auto" nor an integer.
+        ValueError: If it is smaller than 1.
+    """
+    if every == "auto":
+        return every
+    return _checks.positive_int(
+        "measure_every",
+        every,
+        "the noise is measured after so many updates",
+        'Use measure_every="auto".',
+    )
+
+
 class Timings:
     """Seconds per update at each batch size, the latest few of each."""
 
@@ -104,14 +124,7 @@ class MeasuringSchedule:
     """
 
     def __init__(self, every="auto"):
-        if every not in ("auto", None):
-            every = _checks.positive_int(
-                "measure_every",
-                every,
-                "the noise is measured after so many updates",
-                'Use measure_every="auto".',
-            )
-        self.every = every
+        self.every = None if every is None else checked_every(every)
         self._elapsed = 0.0
         self._spent = 0.0
         self._costs, self._counts = [], []

@@ -86,7 +86,20 @@ class Ladder:
             )
             # Frozen; but an integer of NumPy must not get into the JSON state.
             object.__setattr__(self, name, value)
-        if self.minimum > self.maximum:
+        self._check_bounds()
+
+    def _check_bounds(self):
+        """Raises if the bounds leave no size, or not the base."""
+        # A bound that is the base was not given, as a rule.
+        given = {
+            name: value
+            for name, value in (
+                ("min_batch_size", self.minimum),
+                ("max_batch_size", self.maximum),
+            )
+            if value != self.base
+        }
+        if self.minimum > self.maximum and len(given) == 2:
             raise ValueError(
                 "`min_batch_size` must not be larger than `max_batch_size`: "
                 "no size would be left between them. Received: "
@@ -94,15 +107,21 @@ class Ladder:
                 f"max_batch_size={self.maximum}. {self._ordered()}"
             )
         if not self.minimum <= self.base <= self.maximum:
+            received = {self.base_name: self.base, **given}
             raise ValueError(
                 "The base batch size must lie between `min_batch_size` and "
                 "`max_batch_size`: training starts from it. Received: "
-                f"{self.base_name}={self.base}, "
-                f"min_batch_size={self.minimum}, "
-                f"max_batch_size={self.maximum}. Use {self.base_name}="
-                f"{min(max(self.base, self.minimum), self.maximum)}, or "
-                "widen the bounds."
+                f"{_in_words(received)}. {self._moved(given)}"
             )
+
+    def _moved(self, given):
+        """Says what to change so that the base lies between the bounds."""
+        if len(given) == 1:
+            return f"Use {next(iter(given))}={self.base}."
+        nearest = self.minimum
+        if self.base > self.maximum:
+            nearest = self.maximum
+        return f"Use {self.base_name}={nearest}, or widen the bounds."
 
     def _ordered(self):
         """Says which bound to change so that the base lies between them."""
@@ -143,6 +162,10 @@ class Ladder:
         sizes = self.sizes
         index = sizes.index(batch_size)
         return sizes[max(index - 1, 0)], sizes[min(index + 1, len(sizes) - 1)]
+
+
+def _in_words(arguments):
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def largest_on_ladder(base_batch_size, limit, replicas=1):

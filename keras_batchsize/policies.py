@@ -81,7 +81,7 @@ class Goodput(BatchSizePolicy):
                 size,
                 step_time,
                 status.noise_scale,
-                status.base_batch_size,
+                status.size_of_the_rate,
                 status.efficiency,
             )
             for size in (status.smaller, status.larger)

@@ -192,7 +192,8 @@ class Report:
         base_updates: Integer, updates that a fixed batch of
             `base_batch_size` would have needed so far. 0 if not counted.
         base_seconds: Float, seconds of training that it would have taken,
-            predicted from the time of an update at that size. NaN if unknown.
+            predicted from the time of an update at that size, with the tracing
+            that it would have had. NaN if unknown.
         skipped_measurements: Integer, steps whose gradients were not finite.
     """
 
@@ -218,6 +219,16 @@ class Report:
     def examples(self):
         """Integer, examples seen in total."""
         return self._rows[-1].examples if self._rows else 0
+
+    def complete(self, updates):
+        """Sets the total of updates: the last may come after the last row.
+
+        Args:
+            updates: Integer, optimizer updates in total.
+        """
+        if self._rows:
+            last = dataclasses.replace(self._rows[-1], updates=updates)
+            self._rows[-1] = last
 
     @property
     def updates(self):

@@ -83,8 +83,7 @@ class AdaptiveTrainFunction:
         self._epochs = epochs
         self.tally = Tally()
         self.identity = None
-        self.epoch = 0
-        self.epoch_examples = 0
+        self.epoch = self.epoch_examples = 0
         self.epoch_seconds = 0.0
         self.rule = scaling.none
         self.rate_batch_size = None
@@ -92,15 +91,11 @@ class AdaptiveTrainFunction:
         self._model = model
         self._controller_for = controller_for
         self._place = Place(model)
-        self._graphs = None
         self._team = team_of(model, examples, kept)
         self._guard = MemoryGuard(model, self._team.is_alone)
-        self._in_one_pass = self._pending = self._state = None
-        self._step = 0
-        self.factor = 1.0
-        # Not known before the first epoch has ended: taken for long.
-        self._epoch_length = math.inf
-        self._has_warned = False
+        self._in_one_pass = self._pending = self._state = self._graphs = None
+        self._step, self.factor = 0, 1.0
+        self._has_warned = self._measures = False
 
     # Taking and giving back the place in the model.
 
@@ -131,7 +126,6 @@ class AdaptiveTrainFunction:
             epoch: Zero-based integer.
         """
         self._place.start_epoch()
-        self._epoch_length = self.epoch_examples or self._epoch_length
         self.epoch = epoch
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
@@ -197,14 +191,20 @@ class AdaptiveTrainFunction:
         self._decide()
         logs, measurement = self._guard.run(
             lambda: self._attempt(data, total, stop, waited),
-            self.controller.plan,
-            functools.partial(self._halve, data, self.factor),
+            self._decide_on_measuring(total),
+            functools.partial(self._halve, data, total, self.factor),
             self.backup_dir,
         )
         self._report(self._team.agreed(measurement))
         return logs
 
-    def _halve(self, data, factor):
+    def _decide_on_measuring(self, total):
+        """Returns what says how much memory a superbatch needs."""
+        ahead, controller = self._examples_ahead(total), self.controller
+        self._measures = controller.wants_measurement(total, ahead)
+        return controller.plan, self._measures
+
+    def _halve(self, data, total, factor):
         """Halves what is in memory at a time, at the factor put back."""
         self.factor, controller = factor, self.controller
         half = halved(self._in_one_pass, controller.batch_size)
@@ -213,12 +213,12 @@ class AdaptiveTrainFunction:
             self._graphs = checked_graphs(
                 self._team, self._model, controller, data, cuts=True
             )
-        return controller.plan
+        return self._decide_on_measuring(total)
 
     def _attempt(self, data, total, stop, waited):
         """Returns logs and `Measurement`; changes nothing that stays."""
         watch = Stopwatch(self._graphs)
-        norms = self._measure(data, total)
+        norms = self._measure(data)
         watch.mark()
         logs, used, free_norms, updates = self._update(data, stop)
         loss = scalar_of(logs, "loss")  # Waits for the device to finish.
@@ -320,12 +320,11 @@ class AdaptiveTrainFunction:
             )
         self.factor = factor
 
-    def _measure(self, data, total):
+    def _measure(self, data):
         """Measures gradient noise on the superbatch, if it is time to."""
-        controller = self.controller
-        if not controller.wants_measurement(total, self._examples_ahead(total)):
+        if not self._measures:
             return ()
-        examples = controller.examples_to_measure
+        examples = self.controller.examples_to_measure
         self._in_one_pass = max(examples // PARTS, 1)
         row = self._graphs.measure(data, examples)
         return (MicroBatchNorms(*np.asarray(row).tolist()),)
@@ -339,9 +338,8 @@ class AdaptiveTrainFunction:
         return max(min(epoch, left), total)
 
     def _examples_per_epoch(self):
-        if self._steps is None or math.isfinite(self._epoch_length):
-            return self._epoch_length
-        return self._steps * self.controller.superbatch_size
+        clock, size = self.controller.clock, self.controller.superbatch_size
+        return clock.length_of_epoch(self._steps, size)
 
     def _update(self, data, total):
         """Trains on the superbatch.
@@ -392,9 +390,11 @@ class AdaptiveTrainFunction:
     def _report(self, measurement):
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
+        controller = self.controller
+        updates = self.tally.of(controller)["updates"]
         self._has_warned = warn_once(
-            measurement, self.controller, self._has_warned
+            measurement, controller.batch_size, updates, self._has_warned
         )
-        self.controller.observe(measurement)
+        controller.observe(measurement)
         self.tally.add(measurement)
         self.on_superbatch(row_of(self, measurement))

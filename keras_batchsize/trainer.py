@@ -21,6 +21,7 @@ from keras_batchsize.callbacks import DynamicBatchSize
 from keras_batchsize.callbacks import ExamplesProgbarLogger
 from keras_batchsize.callbacks import LearningRateScaling
 from keras_batchsize.controller import Controller
+from keras_batchsize.measuring import checked_every
 from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
 from keras_batchsize.superbatches import make_superbatches
@@ -113,7 +114,7 @@ class AdaptiveTrainer:
         self.min_batch_size = min_batch_size
         self.max_batch_size = max_batch_size
         self.superbatch_size = superbatch_size
-        self.measure_every = measure_every
+        self.measure_every = checked_every(measure_every)
         self.tensorboard = _board(tensorboard)
         self.backup_dir = backup_dir
         self.verbose = verbose
@@ -140,8 +141,9 @@ class AdaptiveTrainer:
         Returns:
             A `BatchProfile`.
         """
+        limits = {"accumulates": True, **limits}
         profile = memory.find_max_batch_size(
-            self.model, x, y, sample_weight, accumulates=True, **limits
+            self.model, x, y, sample_weight, **limits
         )
         self._profile.keep(profile, self.model)
         return profile
@@ -215,8 +217,9 @@ class AdaptiveTrainer:
     def _probe_first(self, x, y, sample_weight):
         """Looks for the largest size where that is the limit in force."""
         is_limit = self.max_batch_size is None and memory.on_accelerator()
-        known = self._profile.of(self.model) is not None
-        if is_limit and not known and memory.can_be_read_twice(x):
+        if not is_limit or self._profile.of(self.model) is not None:
+            return
+        if memory.can_be_read_twice(x) and memory.takes_any_size(self.model):
             self.probe(x, y, sample_weight)
 
     def _superbatches(self, data, validation_data, validation_split, **how):
@@ -319,7 +322,7 @@ class AdaptiveTrainer:
             self.learning_rate_scaling,
             learning_rate.rule_for(self.model.optimizer),
         )
-        return self.policy.needs_noise or rule is scaling.adascale
+        return self.policy.needs_noise or rule not in scaling.NEED_NO_NOISE
 
     def _ladder(self, base, examples):
         maximum, minimum = self.max_batch_size, self.min_batch_size

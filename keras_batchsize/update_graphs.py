@@ -99,7 +99,8 @@ class UpdateGraphs:
                 self._measure_xla,
             ]
         if self._eager:
-            return 0
+            # Nothing is; but a first step builds the optimizer.
+            return int(self._model.optimizer.built)
         return sum(
             function.experimental_get_tracing_count() for function in functions
         )

@@ -3,6 +3,7 @@
 Law 5 of docs/design.md is here, too: interrupted and resumed = uninterrupted.
 """
 
+import functools
 import json
 import math
 import re
@@ -268,6 +269,23 @@ def test_the_report_tells_what_happened():
     assert rows[-1].base_learning_rate == pytest.approx(0.05, rel=1e-6)
 
 
+class Root:
+    """A rule for the rate that is an object, without a name of its own."""
+
+    def __call__(self, ratio, noise_scale):
+        return ratio**0.5
+
+
+@pytest.mark.parametrize("rule", [Root(), functools.partial(Root())])
+def test_the_report_names_a_rule_that_is_no_function(rule):
+    callback = dynamic()
+
+    _, history = fit([callback, kb.LearningRateScaling(rule)])
+
+    assert history["batch_size"] == [8, 32, 64]
+    assert callback.report.settings["learning_rate_scaling"] == "Root"
+
+
 # The progress bar.
 
 
@@ -422,7 +440,8 @@ def trained_by_callbacks(policy, callbacks, folder, first=True):
     model = comparing.seeded(decaying)
     ours = [
         dynamic(policy(), measure_every=1),
-        kb.LearningRateScaling("linear", warmup_epochs=2),
+        # Still warming up where it resumes.
+        kb.LearningRateScaling("linear", warmup_epochs=4),
     ]
     backup = [] if folder is None else [kb.BackupAndRestore(folder)]
     order = backup + ours if first else ours + backup
@@ -472,6 +491,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         np.testing.assert_equal(rest.history[name], history[name][3:])
     assert len(set(history["batch_size"])) > 1
     assert not folder.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_a_warm_up_that_is_over_is_over_in_the_next_fit():
+    def unknown():
+        data = tf.data.Dataset.from_tensor_slices((X, Y))
+        return data.filter(lambda x, y: True).batch(BASE)
+
+    trainer = kb.AdaptiveTrainer(
+        comparing.seeded(regressor), kb.policies.Fixed(16), verbose=0
+    )
+    scaling = kb.LearningRateScaling("linear", warmup_epochs=2)
+    rates = []
+    for epochs in (3, 1):
+        trainer.fit(unknown(), epochs=epochs, callbacks=[scaling], verbose=0)
+        rates += [row.learning_rate_factor for row in trainer.report.rows]
+    assert rates[0] == 1.0
+    assert set(rates[-len(rates) // 4 :]) == {2.0}
 
 
 def test_a_schedule_resumes_from_the_backup_of_keras(tmp_path):
@@ -620,6 +657,115 @@ def test_a_backup_without_our_callbacks_is_that_of_keras(tmp_path):
 
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"latest.weights.h5", "training_metadata.json"}
+
+
+class Crashes(keras.callbacks.Callback):
+    """Breaks off a call of a method.
+
+    Args:
+        monkeypatch: The fixture of pytest, which repairs it.
+        epoch: Epoch from whose beginning on calls are counted.
+        owner_of: Function from the model to the object with the method.
+        name: Name of the method.
+        call: Number of the call that is broken off, from 1.
+    """
+
+    def __init__(self, monkeypatch, epoch, owner_of, name, call=1):
+        super().__init__()
+        self._monkeypatch, self._epoch = monkeypatch, epoch
+        self._owner_of, self._name, self._left = owner_of, name, call
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch != self._epoch:
+            return
+        owner = self._owner_of(self.model)
+        method = getattr(owner, self._name)
+
+        def counted(*args, **kwargs):
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return method(*args, **kwargs)
+
+        self._monkeypatch.setattr(owner, self._name, counted)
+
+
+AMID_SAVING = {
+    "before the weights": (lambda model: model, "save_weights"),
+    "before renaming": (lambda model: tf.io.gfile, "rename", 1),
+    "between renaming": (lambda model: tf.io.gfile, "rename", 2),
+}
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("crash", AMID_SAVING)
+def test_a_crash_amid_saving_parts_no_state_from_its_weights(
+    crash, epoch, tmp_path, monkeypatch
+):
+    expected, run = trained_by_callbacks(by_noise, [], None)
+    history = run().history
+    folder = tmp_path / "backup"
+
+    with monkeypatch.context() as patch:
+        crashes = Crashes(patch, epoch, *AMID_SAVING[crash])
+        _, run = trained_by_callbacks(by_noise, [crashes], folder)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    resumed, run = trained_by_callbacks(by_noise, [], folder)
+    rest = run()
+
+    assert_equal(resumed, expected)
+    assert len(set(history["batch_size"])) > 1
+    for name in ("loss", "batch_size", "noise_scale"):
+        np.testing.assert_equal(
+            rest.history[name], history[name][rest.epoch[0] :]
+        )
+
+
+def damage(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def test_the_state_follows_keras_back_to_the_backup_before(tmp_path):
+    folder = tmp_path / "backup"
+
+    def run(*callbacks):
+        ours = dynamic(by_noise(), measure_every=1)
+        scaling = kb.LearningRateScaling("linear")
+        model = comparing.seeded(decaying)
+        return fit([ours, scaling, *callbacks], model, epochs=4)
+
+    def backup():
+        return kb.BackupAndRestore(folder, double_checkpoint=True)
+
+    expected, history = run()
+    # Twice: the state of weights that were lost takes nobody's place.
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(backup(), Interrupts(2, batch=1))
+        damage(folder / "latest.weights.h5")
+    resumed, rest = run(backup())
+
+    assert_equal(resumed, expected)
+    for name in ("loss", "batch_size", "noise_scale"):
+        np.testing.assert_equal(rest[name], history[name][1:])
+
+
+def test_weights_whose_state_is_lost_are_gone_on_from(tmp_path):
+    def run(*callbacks):
+        backup = kb.BackupAndRestore(tmp_path, delete_checkpoint=False)
+        fit([dynamic(), backup, *callbacks])
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupts(2, batch=0))
+    damage(tmp_path / "batch_size.json")
+    with pytest.warns(RuntimeWarning, match="weights only.*begin anew"):
+        run()
+
+    saved = json.loads((tmp_path / "batch_size.json").read_text())
+    # Only the third epoch was trained, with statistics of its own.
+    assert saved["controller"]["examples"] == len(X)
+    assert saved["iterations"] > saved["controller"]["updates"]
 
 
 def test_a_backup_of_another_base_size_is_refused(tmp_path):

@@ -37,3 +37,20 @@ def test_resumed_clock_goes_on():
         one.start_epoch()
         one.advance(40)
     assert (clock.steps, clock.step) == (resumed.steps, resumed.step) == (4, 5)
+
+
+def test_an_epoch_is_as_long_as_the_last_where_that_can_be():
+    clock = ExamplesClock(32)
+    assert clock.length_of_epoch(None, 64) == math.inf
+    assert clock.length_of_epoch(3, 64) == 192
+    for superbatch in (64, 64, 10):
+        clock.advance(superbatch)
+    clock.start_epoch()
+    resumed = ExamplesClock(32)
+    resumed.set_state(json.loads(json.dumps(clock.get_state())))
+    for one in (clock, resumed):
+        assert one.length_of_epoch(None, 64) == 138
+        assert one.length_of_epoch(3, 64) == 138
+        # Of other data, or cut short.
+        assert one.length_of_epoch(2, 64) == 128
+        assert one.length_of_epoch(4, 64) == 256

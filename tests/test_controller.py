@@ -18,6 +18,7 @@ from quadratics import quadratic
 
 from keras_batchsize import policies
 from keras_batchsize import scaling
+from keras_batchsize import throughput
 from keras_batchsize._controller_advice import recommended_batch_size
 from keras_batchsize._controller_advice import why_unchanged
 from keras_batchsize.controller import Controller
@@ -80,6 +81,7 @@ class Machine:
                 seconds=seconds + cost,
                 loss=self.loss,
                 learning_rate=0.1 * controller.learning_rate_factor,
+                factor=controller.learning_rate_factor,
             )
         )
         return decision
@@ -495,11 +497,37 @@ def test_a_schedule_knows_the_speedup_only_where_the_noise_is_known():
     assert decision.reason == "scheduled for epoch 2"
 
 
+def test_goodput_is_of_the_size_that_the_rate_was_meant_for():
+    controller = make_controller(rule=scaling.linear)
+    controller.clock.batch_size = 256
+    trained(controller, Machine(500.0), 40)
+    size, known = controller.batch_size, controller.noise_scale.value
+    assert size > 32
+    assert controller.goodput == throughput.goodput(
+        *(size, controller.step_time, known),
+        *(256, throughput.linear_efficiency),
+    )
+
+
+def test_one_example_is_not_measured():
+    controller = Controller(
+        policies.Goodput(), Ladder(1, 1, 64), superbatch_size=1
+    )
+    for _ in range(20):
+        assert not controller.wants_measurement(1, EPOCH)
+        controller.observe(Measurement(1, 1, loss=0.5, learning_rate=0.1))
+
+
 def test_it_says_why_the_size_stays():
     controller = make_controller()
     assert why_unchanged(controller) == (
+        "no noise was measured, which takes two whole superbatches"
+    )
+    trained(controller, Machine(1e6), 4)
+    assert why_unchanged(controller) == (
         "the noise scale was not resolved from zero"
     )
+    controller = make_controller()
     trained(controller, Machine(1.0), 60)
     assert why_unchanged(controller) == "no other size was better"
     single = make_controller(policies.Fixed(), Ladder(32, 32, 32))

@@ -132,6 +132,18 @@ class NoBatches(keras.utils.PyDataset):
         raise IndexError(index)
 
 
+class OneExample(keras.utils.PyDataset):
+    num_batches = 1
+
+    def __getitem__(self, index):
+        return X[:1], Y[:1]
+
+
+class Compiles(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.model.compile("sgd", "mse")
+
+
 def too_few(name, examples, *data, **arguments):
     return Mistake(
         f"{examples}-examples-{name}",
@@ -243,6 +255,14 @@ ON_SIZES = [
     *numbers("max_batch_size"),
     *numbers("superbatch_size"),
     *numbers("measure_every"),
+    Mistake(
+        "measure-never",
+        lambda: fit(measure_every=None),
+        "`measure_every` must be an integer",
+        "measure_every=None",
+        'Use measure_every="auto"',
+        TypeError,
+    ),
     # Zero is none at all, as in Keras.
     *list(numbers("steps_per_epoch"))[1:],
     Mistake(
@@ -265,6 +285,20 @@ ON_SIZES = [
         "The base batch size must lie between",
         "batch_size=8, min_batch_size=2, max_batch_size=4",
         "Use batch_size=4",
+    ),
+    Mistake(
+        "base-above-max-alone",
+        lambda: fit(max_batch_size=4),
+        "The base batch size must lie between",
+        "batch_size=8, max_batch_size=4",
+        "Use max_batch_size=8.",
+    ),
+    Mistake(
+        "base-below-min-alone",
+        lambda: kb.DynamicBatchSize("fixed", 8, min_batch_size=16),
+        "The base batch size must lie between",
+        "initial_batch_size=8, min_batch_size=16",
+        "Use min_batch_size=8.",
     ),
     Mistake(
         "superbatch-below-base",
@@ -302,6 +336,37 @@ ON_SIZES = [
         "`base_batch_size` must be at least 1",
         "base_batch_size=0",
         "Use base_batch_size=32",
+    ),
+    *[
+        Mistake(
+            f"{name}-of-wrong-kind",
+            lambda name=name: kb.policies.GrowOnPlateau(**{name: "3"}),
+            f"`{name}` must be a number",
+            f"{name}='3'",
+            f"Use {name}=",
+            TypeError,
+        )
+        for name in ("patience", "cooldown", "min_delta")
+    ],
+    Mistake(
+        "one-example-by-callbacks",
+        lambda: trained().fit(
+            X[:1], Y[:1], callbacks=[kb.DynamicBatchSize()], verbose=0
+        ),
+        "The data must hold at least 2 examples",
+        "an epoch with 1 examples",
+        "Pass more data",
+    ),
+    Mistake(
+        "compiled-in-fit",
+        lambda: regressor().fit(
+            *(X, Y, 4 * BASE),
+            callbacks=[kb.DynamicBatchSize("fixed", BASE), Compiles()],
+            verbose=0,
+        ),
+        "The model must not be compiled in `fit`",
+        "a callback that did so",
+        "Compile the model before",
     ),
     Mistake(
         "two-deciders",
@@ -415,6 +480,8 @@ ON_DATA = [
     too_few("unbatched-unknown", 0, dataset(0, known=False), None),
     too_few("unbatched-unknown", 1, dataset(1, known=False), None),
     too_few("of-py-dataset", 0, NoBatches(), None),
+    too_few("of-py-dataset", 1, OneExample(), None),
+    too_few("of-generator", 1, (one for one in [(X[:1], Y[:1])]), None),
     too_few("of-generator", 0, (one for one in ()), None, steps_per_epoch=1),
 ]
 
@@ -533,6 +600,23 @@ def test_what_cannot_be_cut_is_refused(
 def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy="fixed")
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
+
+
+def test_bounds_that_a_policy_does_not_use_ask_for_no_cutting():
+    sizes = {"superbatch_size": 2 * BASE, "max_batch_size": 4 * BASE}
+    fit(compiled(OwnStep()), policy="fixed", **sizes)
+    with pytest.raises(ValueError, match=f"max_batch_size={2 * BASE}, the"):
+        schedule = kb.policies.BatchSizeSchedule({0: BASE})
+        fit(compiled(OwnStep()), policy=schedule, **sizes)
+
+
+def test_superbatches_of_one_example_show_no_noise():
+    model = regressor()
+    trainer = kb.AdaptiveTrainer(model, superbatch_size=1, verbose=0)
+    trainer.fit(X, Y, batch_size=1, epochs=2, verbose=0)
+    assert int(model.optimizer.iterations) == 2 * len(X)
+    assert not trainer.noise_scale.resolved
+    assert "no noise was measured" in str(trainer.report)
 
 
 # States that are none.
@@ -675,7 +759,11 @@ FIXED_SIZE = {
     "measuring": ("cut into parts", {"policy": "measure"}),
     "accumulating": (
         "cut into parts",
-        {"policy": "fixed", "max_batch_size": WHOLE, "superbatch_size": 32},
+        {
+            "policy": kb.policies.Fixed(WHOLE),
+            "max_batch_size": WHOLE,
+            "superbatch_size": 32,
+        },
     ),
     "growing": (
         "of 16 or 32 examples",
@@ -814,6 +902,15 @@ def test_a_loss_that_is_not_finite_holds_the_size_and_warns_once(policy):
     assert not trainer.noise_scale.resolved
     assert len(history["loss"]) == 3
     assert np.isnan(history["loss"]).all()
+
+
+def test_the_warning_counts_the_updates_of_its_fit():
+    trainer = kb.AdaptiveTrainer(
+        regressor(), "fixed", superbatch_size=32, verbose=0
+    )
+    trainer.fit(X, Y, BASE, shuffle=False, verbose=0)
+    with pytest.warns(RuntimeWarning, match="between updates 5 and 8"):
+        trainer.fit(WITH_NAN, Y, BASE, shuffle=False, verbose=0)
 
 
 def test_an_update_that_loss_scaling_skips_warns_once_too():

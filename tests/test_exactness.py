@@ -3,6 +3,8 @@
 Refused means: a ValueError that says what to do, before anything has changed.
 """
 
+import functools
+
 import comparing
 import keras
 import numpy as np
@@ -17,6 +19,7 @@ from keras import layers
 from keras import losses
 
 import keras_batchsize as kb
+from keras_batchsize import scaling
 from keras_batchsize.policies import BatchSizeSchedule
 
 # Rounding of float32 sums in another order, see test_micro_batches.py.
@@ -607,6 +610,13 @@ ASKING = {
         {"policy": "fixed", "learning_rate_scaling": "adascale"},
         [NO_RULE],
     ),
+    "rule without a name": (
+        {
+            "policy": "fixed",
+            "learning_rate_scaling": functools.partial(scaling.adascale),
+        },
+        [NO_RULE],
+    ),
     "both": (
         {"policy": "measure", "learning_rate_scaling": "adascale"},
         [NO_POLICY, NO_RULE],
@@ -616,7 +626,10 @@ ASKING = {
         ['leave measure_every="auto"'],
     ),
     "accumulating": (
-        {"policy": "fixed", "max_batch_size": 2 * SUPERBATCH},
+        {
+            "policy": kb.policies.Fixed(2 * SUPERBATCH),
+            "max_batch_size": 2 * SUPERBATCH,
+        },
         [f"use max_batch_size={SUPERBATCH}, the superbatch"],
     ),
 }

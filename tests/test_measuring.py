@@ -192,6 +192,18 @@ def test_every_k_measures_when_k_updates_have_passed(every, updates):
     ]
 
 
+@pytest.mark.parametrize(
+    ("every", "phases"), [(20, {0}), (10, {0, 10}), (21, set(range(20)))]
+)
+def test_a_cycle_is_seen_where_it_does_not_divide_what_lies_between(
+    every, phases
+):
+    # A learning rate that comes back every 20 updates, an update at a time.
+    schedule = MeasuringSchedule(every)
+    taken = trained(schedule, 3000, lambda index: 1.0, updates=1)
+    assert {index % 20 for index, one in enumerate(taken) if one} == phases
+
+
 def test_none_measures_nothing():
     assert not any(trained(MeasuringSchedule(None), 100, lambda index: 0.0))
 

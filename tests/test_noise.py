@@ -194,6 +194,22 @@ def test_mutants_of_the_moments_are_biased(squared_norm, trace):
         assert mean != pytest.approx(truth, rel=0.2)
 
 
+def test_what_training_moves_is_no_noise():
+    # Two successive updates taken for two parts: between them the weights
+    # moved, and the gradient with them.
+    drift = np.array([3.0, -1.0])
+    draws = list(itertools.product(EXAMPLES, repeat=4))
+    at_once = [norms_of([d[:1], d[1:2]]) for d in map(np.array, draws)]
+    in_turn = [
+        norms_of([d[:2], d[2:] + drift]) for d in map(np.array, draws)
+    ]
+    np.testing.assert_allclose(
+        expectation(at_once), [SQUARED_NORM, TRACE], rtol=1e-12
+    )
+    _, trace = expectation(in_turn)
+    assert trace == pytest.approx(TRACE + 2 * drift @ drift / 2, rel=1e-12)
+
+
 @pytest.mark.parametrize("count", [1, 1.0, 0])
 def test_one_micro_batch_is_told_what_to_do(count):
     with pytest.raises(ValueError) as caught:

@@ -15,7 +15,9 @@ from comparing import dense
 from comparing import regression
 
 import keras_batchsize as kb
+from keras_batchsize._train_function_rows import Tally
 from keras_batchsize.controller import Controller
+from keras_batchsize.records import Measurement
 
 # Keras says so of any data that do not tell their length.
 OUT_OF_DATA = "ignore:Your input ran out of data:UserWarning"
@@ -302,6 +304,17 @@ def test_calls_that_traced_are_left_out_of_the_step_time(ticking, monkeypatch):
     assert counts == {"8": 2, "32": 3, "64": 2}
 
 
+def test_a_first_eager_step_is_left_out_of_the_step_time():
+    model = regressor()
+    model.run_eagerly = True
+    trainer = kb.AdaptiveTrainer(
+        model, "fixed", superbatch_size=SUPERBATCH, verbose=0
+    )
+    trained(trainer, epochs=1)
+    timings = trainer.get_state()["timings"]
+    assert {size: len(times) for size, times in timings.items()} == {"8": 2}
+
+
 def test_fit_takes_what_that_of_keras_takes():
     ours = inspect.signature(kb.AdaptiveTrainer.fit).parameters.values()
     theirs = inspect.signature(keras.Model.fit).parameters.values()
@@ -368,6 +381,45 @@ def test_a_report_is_about_its_fit(next_of, policy, ticking):
     # Of equal fits all totals are equal, speeds among them.
     assert str(first) == str(second)
     assert first.base_seconds == second.base_seconds > 0.0
+
+
+@pytest.mark.filterwarnings(OUT_OF_DATA)
+def test_the_update_that_an_epoch_cuts_short_is_in_the_report():
+    trainer = to_grow(regressor(), lambda: kb.policies.Fixed(2 * SUPERBATCH))
+    trainer.fit(unknown(70), epochs=2, verbose=0)
+    # 70 examples in updates of 64, and one of the rest.
+    assert trainer.report.updates == trainer.model.optimizer.iterations == 4
+
+
+def test_a_rule_that_looks_at_noise_keeps_its_account_from_fit_to_fit():
+    def rule(ratio, noise_scale):
+        return ratio
+
+    trainer = kb.AdaptiveTrainer(
+        regressor(), "fixed", rule, superbatch_size=BASE, verbose=0
+    )
+    taken = []
+    for _ in range(3):
+        trained(trainer)
+        taken.append(trainer.get_state()["measuring"]["_superbatches"])
+    assert taken == [27, 54, 81]
+
+
+def test_of_what_traces_a_fixed_batch_pays_for_its_own():
+    def traced(seconds, measuring=0.0):
+        return Measurement(
+            64, 2, seconds=seconds, measuring_seconds=measuring, traced=True
+        )
+
+    tally = Tally()
+    tally.add(traced(5.0, measuring=2.0))
+    tally.add(traced(4.0, measuring=3.5))
+    assert tally.seconds == 9.0
+    assert (tally.tracing_seconds, tally.traced_examples) == (3.0, 64)
+    untraced = Tally()
+    untraced.add(Measurement(64, 2, seconds=1.0))
+    untraced.add(traced(4.0))
+    assert (untraced.tracing_seconds, untraced.traced_examples) == (0.0, 0)
 
 
 class Interrupt(keras.callbacks.Callback):
