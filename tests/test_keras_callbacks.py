@@ -17,6 +17,7 @@ import comparing
 import keras
 import numpy as np
 import pytest
+import requests
 from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import dense
@@ -286,7 +287,6 @@ def scalar(event):
 
 class RemoteMonitor(Case):
     def __init__(self, folder, monkeypatch):
-        requests = pytest.importorskip("requests")
         self.sent = []
         monkeypatch.setattr(
             requests,
@@ -312,7 +312,6 @@ class ProgbarLogger(Case):
 
 class OrbaxCheckpoint(Case):
     def callback(self, model):
-        pytest.importorskip("orbax.checkpoint", reason="orbax is not here")
         return keras.callbacks.OrbaxCheckpoint(
             self.folder / "orbax", save_freq="epoch", max_to_keep=None
         )
