@@ -31,6 +31,7 @@ the MLP only. About an hour in all on two cores.
 import argparse
 import functools
 import math
+import sys
 import time
 
 import fresh_processes
@@ -190,7 +191,10 @@ def parse():
     """Returns the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--models", nargs="+", default=list(memory_models.MODELS)
+        "--models",
+        nargs="+",
+        choices=memory_models.MODELS,
+        default=list(memory_models.MODELS),
     )
     parser.add_argument(
         "--limits", nargs="+", type=int, default=[200, 400, 800]
@@ -213,6 +217,18 @@ def parse():
     return parser.parse_args()
 
 
+def said(limit, prepare, run, *arguments):
+    """Returns what a fresh process said; ends the program where it died."""
+    outcome = fresh_processes.call(limit, prepare, run, *arguments)
+    if outcome.died:
+        sys.exit(
+            "The process died before it was done: what it raised stands "
+            "above, or it was killed, or the limit was too small. Received: "
+            f"--limits {limit}. Use --limits {2 * limit}."
+        )
+    return outcome.said
+
+
 def main():
     """Runs the parts that are asked for."""
     arguments = parse()
@@ -222,12 +238,12 @@ def main():
         prepare = functools.partial(
             memory_models.make, arguments.models[0], policy
         )
-        fresh_processes.call(limit, prepare, draw, arguments.plot)
+        said(limit, prepare, draw, arguments.plot)
     elif arguments.compare:
         for name in arguments.models:
             prepare = functools.partial(memory_models.examples, name)
-            said = fresh_processes.call(limit, prepare, run_compare, name).said
-            print(f"{name}\n\n{said}\n", flush=True)
+            table = said(limit, prepare, run_compare, name)
+            print(f"{name}\n\n{table}\n", flush=True)
     else:
         print_table(arguments)
 

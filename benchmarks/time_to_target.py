@@ -1,11 +1,15 @@
 """Seconds, examples and updates to a test accuracy, method by method.
 
-Three sweeps on the same data, models and seeds:
+Four sweeps on the same data, models and seeds:
 
 - `plain`: `model.fit` at fixed sizes, the rate scaled linearly from 32;
+- `spe`: the same with `steps_per_execution`, as many steps as fit between two
+  looks at the test set, at most 64;
 - `loop`: the same sizes through the trainer with policy="fixed", which shows
   what the loop alone gains;
-- policies, started from 32 with one rate, untuned.
+- policies, started from 32 with one rate, untuned. `plateau` is
+  `GrowOnPlateau("loss", patience=1)`, `schedule` doubles the size with each
+  epoch, up to 1024, `measure` changes nothing and shows what measuring costs.
 
 The test set is looked at every `--interval` examples, off the clock. Tracing
 is off the clock, too, and printed beside it: the step in which a graph was
@@ -29,17 +33,28 @@ from keras_batchsize.train_function import AdaptiveTrainFunction
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)
 BASE = 32
+MOST_STEPS = 64
 METHODS = (
     ("goodput", "auto"),
     ("goodput", "adascale"),
     ("goodput", "sqrt"),
+    ("goodput", "none"),
     ("noise_scale", "linear"),
     ("norm_test", "linear"),
     ("cosine", "linear"),
     ("cabs", "linear"),
     ("diversity", "linear"),
     ("plateau", "none"),
+    ("schedule", "linear"),
+    ("measure", "none"),
 )
+# What these names stand for; the others are names of the library.
+STATED = {
+    "plateau": lambda: kb.policies.GrowOnPlateau(monitor="loss", patience=1),
+    "schedule": lambda: kb.policies.BatchSizeSchedule(
+        lambda epoch: min(BASE * 2**epoch, SIZES[-1])
+    ),
+}
 
 
 class Clock(keras.callbacks.Callback):
@@ -60,6 +75,7 @@ class Clock(keras.callbacks.Callback):
         self.reached = False
         self.tracing = 0.0
         self._steps, self._next = [], interval
+        self._batches = 0
 
     def on_train_begin(self, logs=None):
         """Makes the function that looks at the test set."""
@@ -77,13 +93,17 @@ class Clock(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""
+        self._batches = 0
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Books the step; looks at the test set off the clock."""
+        """Books the step; looks at the test set off the clock.
+
+        Under plain `fit` a ragged last batch counts as a whole one.
+        """
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
-        examples, size, traced = self._step()
+        examples, size, traced = self._step(batch)
         self._steps.append((seconds, examples, size, traced))
         self.examples += examples
         if self.examples >= self._next:
@@ -92,11 +112,14 @@ class Clock(keras.callbacks.Callback):
             self.model.stop_training = self.reached
         self._started = time.perf_counter()
 
-    def _step(self):
-        function = self.model.train_function
+    def _step(self, batch):
+        function, size = self.model.train_function, self._batch_size
         if not isinstance(function, AdaptiveTrainFunction):
-            self.updates += 1
-            return self._batch_size, self._batch_size, not self._steps
+            # Keras counts a last call of fewer steps in full.
+            done = min(batch + 1, self.params["steps"])
+            steps, self._batches = done - self._batches, done
+            self.updates += steps
+            return steps * size, size, not self._steps
         controller = function.controller
         self.updates = controller.updates
         last = controller.last
@@ -132,14 +155,15 @@ def run(options, data, seed, method, size):
     arguments = dict(
         epochs=options.epochs, batch_size=size, verbose=0, callbacks=[clock]
     )
-    if method == "plain":
+    if method == "spe":
+        model.steps_per_execution = min(MOST_STEPS, options.interval // size)
+    if method in ("plain", "spe"):
         model.fit(*train, **arguments)
     elif method == "loop":
         kb.fit(model, *train, policy="fixed", **arguments)
     else:
-        policy, rule = method.split("/")
-        if policy == "plateau":
-            policy = kb.policies.GrowOnPlateau(monitor="loss", patience=1)
+        name, rule = method.split("/")
+        policy = STATED[name]() if name in STATED else name
         trainer = kb.AdaptiveTrainer(model, policy, rule, verbose=0)
         trainer.fit(*train, **arguments)
         if options.verbose:
@@ -158,6 +182,7 @@ def measure(options):
     """
     data = workloads.load(options.data, options.path)
     wanted = [("plain", size) for size in SIZES]
+    wanted += [("spe", size) for size in SIZES]
     wanted += [("loop", size) for size in SIZES]
     wanted += [(f"{policy}/{rule}", BASE) for policy, rule in METHODS]
     if options.only:

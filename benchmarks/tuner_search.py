@@ -3,15 +3,16 @@
 - `plain`: KerasTuner as it is, both as hyperparameters: `batch_size` goes to
   `model.fit`, the rate to the optimizer.
 - `wrapper`: `kbt.AdaptiveHyperModel` over the same two axes, the size held
-  fixed in a trial, the rate searched at a reference batch size and carried to
-  the trial's size by the linear rule.
+  fixed in a trial (with another `--policy` it is where that starts from), the
+  rate searched at a reference batch size and carried to the trial's size by the
+  linear rule.
 
 Both have the same sizes, seeds and knowledge of the rate: a range at batch size
 256. The wrapper searches that; plain KerasTuner the smallest range that holds
 the rates which that means for any of the sizes. They take turns, trial by
-trial. The best setting of each is then trained anew with other
-seeds and looked at on the test set: the value of the best of many trials is
-partly luck.
+trial, which is why Hyperband, who decides how many there are, is no choice. The
+best setting of each is then trained anew with other seeds and looked at on the
+test set: the value of the best of many trials is partly luck.
 
     python benchmarks/tuner_search.py --trials 20 --seeds 0 1 2
 """
@@ -36,6 +37,8 @@ RATES = (0.03, 1.0)
 ALL_RATES = tuple(
     rate * size / REFERENCE for rate, size in zip(RATES, SIZES, strict=True)
 )
+# Those that are told a number of trials, and need no grid.
+TUNERS = ("RandomSearch", "BayesianOptimization")
 # Seeds of the trainings anew, of which the mean is printed.
 ANEW = (101, 102, 103)
 
@@ -68,8 +71,9 @@ class Plain(keras_tuner.HyperModel):
         return model.fit(*args, batch_size=size, **kwargs)
 
     def setting(self, hp):
-        """Returns batch size and rate."""
-        return hp.get("batch_size"), hp.get("learning_rate")
+        """Returns the rate, and arguments of `kb.fit` that train as a trial."""
+        size = hp.get("batch_size")
+        return hp.get("learning_rate"), {"batch_size": size, "policy": "fixed"}
 
 
 def make(options, side, seed, rate):
@@ -96,9 +100,14 @@ class Wrapper(kbt.AdaptiveHyperModel):
         super().__init__(lambda hp: make(options, side, 0, RATES[0]), space)
 
     def setting(self, hp):
-        """Returns batch size and rate, carried to it."""
-        rate = float(self.build(hp).optimizer.learning_rate)
-        return self.space.setting(hp).initial, rate
+        """The same, the rate carried to the batch size."""
+        setting = self.space.setting(hp)
+        return float(self.build(hp).optimizer.learning_rate), {
+            "batch_size": setting.initial,
+            "policy": setting.policy,
+            "learning_rate_scaling": setting.rule,
+            "max_batch_size": self.space.max_batch_size,
+        }
 
 
 def make_tuner(options, hypermodel, seed, directory):
@@ -134,17 +143,16 @@ def search(options, tuners, train, validation):
 
 def anew(options, setting, train, test):
     """Returns the mean test accuracy of a setting, trained anew."""
-    size, rate = setting
+    rate, arguments = setting
     accuracies = []
     for seed in ANEW:
         model = make(options, train[0].shape[1], seed, rate)
         kb.fit(
             model,
             *train,
-            batch_size=size,
-            policy="fixed",
             epochs=options.epochs,
             verbose=0,
+            **arguments,
         )
         accuracies.append(model.evaluate(*test, verbose=0)[1])
     return statistics.mean(accuracies)
@@ -173,8 +181,9 @@ def measure(options):
             seconds = search(options, tuners, train, validation)
         for model, tuner, spent in zip(models, tuners, seconds):
             best = tuner.oracle.get_best_trials(1)[0]
-            size, rate = model.setting(best.hyperparameters)
-            accuracy = anew(options, (size, rate), train, test)
+            setting = model.setting(best.hyperparameters)
+            accuracy = anew(options, setting, train, test)
+            rate, size = setting[0], setting[1]["batch_size"]
             rows[type(model)].append((spent, best.score, accuracy))
             print(
                 f"| {seed} | {type(model).__name__.lower()} | {spent:.1f} | "
@@ -202,8 +211,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=workloads.MODELS, default="mlp")
     parser.add_argument("--path", help="file that holds MNIST")
-    parser.add_argument("--tuner", default="RandomSearch")
-    parser.add_argument("--policy", default="fixed")
+    parser.add_argument("--tuner", choices=TUNERS, default=TUNERS[0])
+    parser.add_argument(
+        "--policy", choices=sorted(kb.policies.POLICIES), default="fixed"
+    )
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--examples", type=int, default=10000)

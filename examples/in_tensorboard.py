@@ -67,6 +67,12 @@ def main():
     parser.add_argument("--path", help="file that holds MNIST")
     parser.add_argument("--logdir", default="logs")
     options = parser.parse_args()
+    if options.path and options.data != "mnist":
+        parser.error(
+            "--path must come with --data mnist: it holds MNIST, and other "
+            f"data are trained on otherwise. Received: --data {options.data}. "
+            "Add --data mnist."
+        )
     data = load(options.data, options.path)
     for name in RUNS:
         train(name, data, SETTINGS[options.data], options.logdir)

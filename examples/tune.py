@@ -94,11 +94,17 @@ def search(data, settings, directory):
     return tuner
 
 
+def number_of_arrivals(trials, budget):
+    """Returns how many trials reached the target within the budget."""
+    # Who arrives when the budget is spent counts as much as that.
+    return sum(bool(one.score and one.score < budget) for one in trials)
+
+
 def show(tuner, trial):
     """Prints the best trial: its setting, metrics and course."""
     trials = tuner.oracle.trials.values()
     budget = tuner.hypermodel.target.budget_seconds
-    arrived = sum(bool(one.score and one.score <= budget) for one in trials)
+    arrived = number_of_arrivals(trials, budget)
     print(f"\n{len(trials)} trials, {arrived} reached the target\n")
     for name, value in trial.hyperparameters.values.items():
         if not name.startswith("tuner/"):

@@ -10,12 +10,15 @@ import dataclasses
 import importlib
 import pathlib
 import re
+import symtable
 import textwrap
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "keras_batchsize"
+# Programs that import those beside them.
+PROGRAMS = ("benchmarks", "examples")
 
 # Ground floor first. A room imports only from floors below its own, never from
 # its neighbours: what two of them share has a floor beneath them. The picture
@@ -107,10 +110,10 @@ def read_package():
 MODULES = read_package()
 
 
-def assert_kept(law, remedy):
+def assert_kept(law, remedy, modules=MODULES):
     breaches = [
         f"  {module.path}:{line}: {what}"
-        for module in MODULES
+        for module in modules
         for line, what in law(module)
     ]
     assert not breaches, "\n".join([remedy, *breaches])
@@ -465,6 +468,62 @@ def test_every_public_name_has_a_docstring():
     )
 
 
+# Programs.
+
+
+def read_programs():
+    return [
+        Module(file.stem, file.relative_to(ROOT), file.read_text("utf-8"))
+        for folder in PROGRAMS
+        for file in sorted((ROOT / folder).glob("*.py"))
+    ]
+
+
+def taken_from_others(module):
+    """Yields (line, module, name) of what a program takes from any other."""
+    called, nodes = {}, list(ast.walk(module.tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                called[alias.asname or alias.name] = alias.name
+    for line, source, name in imports(module):
+        if name:
+            yield line, source, name
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            source = called.get(ast.unparse(node.value))
+            if source:
+                yield node.lineno, source, node.attr
+
+
+def names_at_the_top(file):
+    """Names that a file defines, assigns to or imports at its top level."""
+    source = file.read_text(encoding="utf-8")
+    return {
+        symbol.get_name()
+        for symbol in symtable.symtable(source, str(file), "exec").get_symbols()
+        if symbol.is_assigned() or symbol.is_imported()
+    }
+
+
+def missing_in_a_sibling(module):
+    """Yields `speed.x` where the file beside it, speed.py, has no x."""
+    folder = ROOT / module.path.parent
+    for line, source, name in taken_from_others(module):
+        file = folder / f"{source}.py"
+        if file.exists() and name not in names_at_the_top(file):
+            yield line, f"`{source}.{name}`"
+
+
+def test_programs_take_from_each_other_what_there_is():
+    assert_kept(
+        missing_in_a_sibling,
+        "No test runs a benchmark as a whole, and this one would end with an "
+        "AttributeError. Give the file beside it the name, or use another:",
+        read_programs(),
+    )
+
+
 # The package as a whole.
 
 
@@ -595,6 +654,10 @@ COUNTEREXAMPLES = [
     (missing_docstrings, "noise", "x = 1"),
     (missing_docstrings, "noise", "'''Doc.'''\ndef f(): pass"),
     (missing_docstrings, "noise", "'''Doc.'''\nclass A: pass"),
+    (missing_in_a_sibling, "benchmarks/new", "import speed\nspeed.typical"),
+    (missing_in_a_sibling, "benchmarks/new", "import speed as s\ns.typical"),
+    (missing_in_a_sibling, "benchmarks/new", "from speed import typical"),
+    (missing_in_a_sibling, "examples/new", "import tune\ntune.nothing()"),
     (
         missing_docstrings,
         "noise",
