@@ -4,13 +4,14 @@ import math
 import warnings
 
 
-def warn_once(measurement, batch_size, updates, has_warned):
+def warn_once(measurement, batch_size, where, has_warned):
     """Warns the first time that a loss is not finite.
 
     Args:
         measurement: The `Measurement` of a superbatch.
         batch_size: Integer, examples per update.
-        updates: Integer, updates made in this `fit` before.
+        where: Tuple of the epoch and the Keras step in it, counted from zero,
+            and the updates made in this `fit` before.
         has_warned: Whether the warning was given already.
 
     Returns:
@@ -19,10 +20,12 @@ def warn_once(measurement, batch_size, updates, has_warned):
     if measurement.loss is None or math.isfinite(measurement.loss):
         return has_warned
     if not has_warned:
+        epoch, step, updates = where
         warnings.warn(
-            f"The loss became {measurement.loss} between updates "
-            f"{updates + 1} and {updates + measurement.updates}. The batch "
-            f"size is held at {batch_size} while it is not finite.",
+            f"The loss became {measurement.loss} in step {step + 1} of epoch "
+            f"{epoch + 1}, between updates {updates + 1} and "
+            f"{updates + measurement.updates}. The batch size is held at "
+            f"{batch_size} while it is not finite.",
             RuntimeWarning,
             stacklevel=3,
         )

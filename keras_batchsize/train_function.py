@@ -391,9 +391,9 @@ class AdaptiveTrainFunction:
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
         controller = self.controller
-        updates = self.tally.of(controller)["updates"]
+        where = self.epoch, self._step, self.tally.of(controller)["updates"]
         self._has_warned = warn_once(
-            measurement, controller.batch_size, updates, self._has_warned
+            measurement, controller.batch_size, where, self._has_warned
         )
         controller.observe(measurement)
         self.tally.add(measurement)
