@@ -180,7 +180,7 @@ class Course:
 
     def _raise_does_not_fit(self, what):
         given, room = self._limits.memory_limit, ""
-        raised = ", or raise `memory_limit`"
+        raised = "" if given is None else ", or raise `memory_limit`"
         if self._usable is not None:
             room = (
                 f", of {megabytes(self._limit)} MB "
@@ -196,7 +196,7 @@ class Course:
             f"memory_limit={given}, "
             f"safety_margin={self._limits.safety_margin}. Use a smaller "
             "model, an optimizer with fewer slots, shorter examples, or a "
-            f"mixed dtype policy{'' if given is None else raised}."
+            f"mixed dtype policy{raised}."
         )
 
     def _seconds_left(self):
