@@ -1,5 +1,7 @@
 """Private names of TensorFlow that tell how a `tf.data.Dataset` was made."""
 
+import itertools
+
 import keras
 import tensorflow as tf
 
@@ -52,6 +54,24 @@ def makes_batches(dataset):
         return False
     inputs = dataset._inputs()
     return kind in _BATCHING or any(makes_batches(one) for one in inputs)
+
+
+def is_fed_by_python(dataset):
+    """Whether a Python generator feeds a `tf.data.Dataset`.
+
+    What is read from it ahead may be gone for good.
+
+    Args:
+        dataset: A dataset.
+    """
+    mapped = getattr(dataset, "_map_func", None)
+    if mapped is not None:
+        graph = mapped.function.graph.as_graph_def()
+        functions = [one.node_def for one in graph.library.function]
+        nodes = itertools.chain(graph.node, *functions)
+        if any(node.op == "GeneratorDataset" for node in nodes):
+            return True
+    return any(is_fed_by_python(one) for one in dataset._inputs())
 
 
 def shuffle_seeds(dataset):

@@ -37,6 +37,8 @@ class Batched(NamedTuple):
             examples alone, so that they cannot be joined.
         bytes_each: Bytes of an example that is copied into superbatches; 0
             where that is not known, or none is copied.
+        is_guess: Whether the batch size is that of a batch that was read, and
+            others may have others.
     """
 
     x: Any
@@ -45,6 +47,7 @@ class Batched(NamedTuple):
     copies: int | None = None
     varies: bool = False
     bytes_each: float = 0.0
+    is_guess: bool = False
 
     @property
     def as_it_is(self):
@@ -84,7 +87,9 @@ def batched(x, y, sample_weight, model, batch_size):
     if size is not None and not may_vary:
         return Batched(x, size)
     data = _of_few(x, list(itertools.islice(iter(x), 2 if may_vary else 1)))
-    return data if size is None else data._replace(batch_size=size)
+    if size is None:
+        return data
+    return data._replace(batch_size=size, is_guess=False)
 
 
 def _of_few(x, few):
@@ -97,12 +102,15 @@ def _of_few(x, few):
         *(x, size),
         varies=any(one != shapes[0] for one in shapes),
         bytes_each=slicing.bytes_of(few[0]) / size,
+        is_guess=True,
     )
 
 
 def _of_py_dataset(x, model):
     number = x.num_batches
-    if number is None or number > 1:
+    if number == 1:
+        return _of_few(x, [x[0]])._replace(is_guess=False)
+    if number != 0:
         number = 2 if _may_vary(model) else 1
     return _of_few(x, [x[i] for i in range(number)])
 
@@ -114,23 +122,37 @@ def _may_vary(model):
 
 
 def _of_dataset(x, model, batch_size):
-    if is_batched(x, model, batch_size):
-        data = Batched(x, keras_private.batch_size_of(x))
-        if data.batch_size is None or (
-            x.cardinality() <= 1
-            and x.cardinality() != tf.data.INFINITE_CARDINALITY
-        ):
-            data = _of_few(x, list(x.take(1)))
-        return data._replace(
-            varies=shapes_vary(x), bytes_each=bytes_of_example(x)
-        )
-    size = batch_size or DEFAULT_BATCH_SIZE
+    if not is_batched(x, model, batch_size):
+        return _of_examples(x, batch_size or DEFAULT_BATCH_SIZE)
+    size, number = keras_private.batch_size_of(x), int(x.cardinality())
+    data = Batched(x, size)
+    if size is None or number in (0, 1) or _may_be_empty(x):
+        data = _of_few(x, list(keras_private.in_order(x).take(1)))
+    if number != 1:
+        # How the batches were made tells more than what one of them holds.
+        data = data._replace(batch_size=size or data.batch_size)
+    return data._replace(
+        varies=shapes_vary(x),
+        bytes_each=bytes_of_example(x),
+        is_guess=size is None and number != 1,
+    )
+
+
+def _of_examples(x, size):
     examples = int(x.cardinality())
-    if examples < 0:  # Infinite or not known, but perhaps too few.
-        examples = len(list(x.take(2)))
+    if _may_be_empty(x):
+        examples = len(list(keras_private.in_order(x).take(2)))
         examples = None if examples == 2 else examples
+    elif examples < 0:
+        examples = None
     x = x.batch(size)
     return Batched(x, size, examples, bytes_each=bytes_of_example(x))
+
+
+def _may_be_empty(dataset):
+    """Whether only reading tells, which takes nothing away."""
+    unknown = dataset.cardinality() == tf.data.UNKNOWN_CARDINALITY
+    return unknown and not keras_private.is_fed_by_python(dataset)
 
 
 def _chained(few, rest):

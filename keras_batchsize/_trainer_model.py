@@ -153,3 +153,23 @@ def check_last_batch(model, superbatches):
         )
 
     requirements.check_short(model, some)
+
+
+def note_own_fit(model, error):
+    """Adds to an error that a model's own `fit` may be the reason.
+
+    Some prepare their input in it, KerasHub's for instance, and cannot do
+    that with superbatches; those that only call that of Keras work.
+
+    Args:
+        model: The Keras model.
+        error: The exception that its `fit` raised.
+    """
+    if type(model).fit is keras.Model.fit:
+        return
+    error.add_note(
+        f"{type(model).__name__} has a `fit` of its own, to which superbatches "
+        "were handed. If it prepares its input, train by callbacks: "
+        "model.fit(..., callbacks=[kb.DynamicBatchSize(...)]). Or prepare the "
+        "input before (in KerasHub, with preprocessor=None)."
+    )

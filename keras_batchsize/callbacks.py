@@ -80,6 +80,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
 
     # From `on_train_begin` through Keras to who called `fit`.
     _depth = 4
+    # Whether the last step of an epoch takes all that is left.
+    _takes_the_rest = False
 
     def __init__(
         self,
@@ -171,6 +173,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         )
         function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end
+        function.steps.takes_the_rest = self._takes_the_rest
         self.report = Report()
         function.on_superbatch.append(self.report.add_row)
         self._train_function = function

@@ -29,6 +29,7 @@ data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
 batch_size_of = _keras_private_datasets.batch_size_of
 in_order = _keras_private_datasets.in_order
+is_fed_by_python = _keras_private_datasets.is_fed_by_python
 makes_batches = _keras_private_datasets.makes_batches
 shuffle_seeds = _keras_private_datasets.shuffle_seeds
 

@@ -54,6 +54,7 @@ class Superbatches(keras_private.DataAdapter):
         model: The model to whose replicas they are dealt out; None where they
             are already.
         copies: What `replicas.copies_read` returns.
+        is_guess: Whether `bounds` rest on the size of one batch.
 
     Attributes:
         base_batch_size: B₀, in examples.
@@ -70,6 +71,7 @@ class Superbatches(keras_private.DataAdapter):
         rows=None,
         model=None,
         copies=None,
+        is_guess=False,
     ):
         self.base_batch_size = None
         self.superbatch_size = None
@@ -79,6 +81,7 @@ class Superbatches(keras_private.DataAdapter):
         self._adapter = adapter
         self._copies = copies
         self._sizes = sizes
+        self._is_guess = is_guess
         self._bounds = bounds
         self._has_steps = False
         # Told the number, Keras makes one iterator per epoch instead of two.
@@ -126,6 +129,12 @@ class Superbatches(keras_private.DataAdapter):
             return self._adapter.num_batches
         least, most = (self._superbatches_of(count) for count in self._bounds)
         return most * (self._copies or 1) if least == most else None
+
+    @property
+    def may_hold_more(self):
+        """Whether an epoch may have more superbatches than `num_batches`."""
+        is_told = self._has_steps or self._sizes is None
+        return self._is_guess and not is_told and self.num_batches is not None
 
     def _superbatches_of(self, examples):
         rounds, rest = divmod(examples, sum(self._sizes))
@@ -245,7 +254,7 @@ def make_superbatches(
         if steps_per_epoch is None and shuffle != "batch":
             sizes = None
     result = Superbatches(
-        adapter, sizes, bounds, arrays, rows, model, data.copies
+        adapter, sizes, bounds, arrays, rows, model, data.copies, data.is_guess
     )
     return _sized(result, base, size, steps_per_epoch)
 

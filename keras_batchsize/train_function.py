@@ -22,6 +22,7 @@ from keras_batchsize._train_function_place import Place
 from keras_batchsize._train_function_rows import Tally
 from keras_batchsize._train_function_rows import change_of
 from keras_batchsize._train_function_rows import row_of
+from keras_batchsize._train_function_steps import EpochSteps
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
 from keras_batchsize._train_function_timing import number
@@ -61,6 +62,7 @@ class AdaptiveTrainFunction:
         tally: The `Tally` of this `fit`.
         identity: Name of the training, kept when it is resumed, or None.
         backup_dir: Folder of the backups, if there are any.
+        steps: The `EpochSteps`.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class AdaptiveTrainFunction:
         self.on_decision = Listeners()
         self.on_first_superbatch = lambda data, controller: None
         self.on_epoch_end = lambda epoch, logs: None
-        self._steps = steps
+        self.steps = EpochSteps(steps)
         self._epochs = epochs
         self.tally = Tally()
         self.identity = None
@@ -94,7 +96,7 @@ class AdaptiveTrainFunction:
         self._team = team_of(model, examples, kept)
         self._guard = MemoryGuard(model, self._team.is_alone)
         self._in_one_pass = self._pending = self._state = self._graphs = None
-        self._step, self.factor = 0, 1.0
+        self.factor = 1.0
         self._has_warned = self._measures = False
 
     # Taking and giving back the place in the model.
@@ -129,7 +131,7 @@ class AdaptiveTrainFunction:
         self.epoch = epoch
         self.epoch_examples = 0
         self.epoch_seconds = 0.0
-        self._step = 0
+        self.steps.done = 0
         if self.controller is not None:
             self.controller.start_epoch(epoch)
 
@@ -167,11 +169,9 @@ class AdaptiveTrainFunction:
         return self._model.train_function(iterator)
 
     def _next_steps(self, iterator):
-        logs, steps = None, self._model.steps_per_execution
-        if self._steps is not None:
-            # Keras rounds up: 10 steps in calls of 4 would become 12.
-            steps = min(steps, self._steps - self._step)
-        for _ in range(steps):
+        logs, steps = None, self.steps
+        end = steps.end_of_call(self._model.steps_per_execution)
+        while steps.done < end:
             started = time.perf_counter()
             try:
                 data = self._team.next_of(iterator)
@@ -181,7 +181,7 @@ class AdaptiveTrainFunction:
                     raise
                 break
             logs = self._train_on(data, time.perf_counter() - started)
-            self._step += 1
+            steps.done += 1
         return logs
 
     def _train_on(self, data, waited):
@@ -259,7 +259,7 @@ class AdaptiveTrainFunction:
             self.tally.set_state(self._state)
             self.factor = self._state["factor"]
             controller.epoch = self.epoch
-        elif controller.examples == 0:
+        elif controller.examples == 0 and controller.clock.steps == 0:
             # After an earlier `fit` a schedule goes on, it does not restart.
             controller.clock.steps = number(self._model.optimizer.iterations)
         controller.clock.start_epoch()
@@ -331,7 +331,7 @@ class AdaptiveTrainFunction:
 
     def _examples_ahead(self, total):
         """Examples whose measuring budget may be spent in advance."""
-        if self._steps is None:
+        if self.steps.number is None:
             return 0
         epoch = self._examples_per_epoch()
         left = (self._epochs - self.epoch) * epoch - self.epoch_examples
@@ -339,7 +339,7 @@ class AdaptiveTrainFunction:
 
     def _examples_per_epoch(self):
         clock, size = self.controller.clock, self.controller.superbatch_size
-        return clock.length_of_epoch(self._steps, size)
+        return clock.length_of_epoch(self.steps.number, size)
 
     def _update(self, data, total):
         """Trains on the superbatch.
@@ -366,13 +366,12 @@ class AdaptiveTrainFunction:
 
     def _accumulate(self, data, total, plan, rate):
         sums = self._pending or self._graphs.zeros()
-        last = self._steps is not None and self._step + 1 >= self._steps
         logs, used, sums, rows = self._graphs.accumulate(
             sums,
             data,
             total,
             (plan.batch_size, plan.micro_batch_size),
-            last,
+            self.steps.next_is_last,
             rate,
         )
         rows = [MicroBatchNorms(*row) for row in np.asarray(rows).tolist()]
@@ -391,7 +390,8 @@ class AdaptiveTrainFunction:
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
         controller = self.controller
-        where = self.epoch, self._step, self.tally.of(controller)["updates"]
+        updates = self.tally.of(controller)["updates"]
+        where = self.epoch, self.steps.done, updates
         self._has_warned = warn_once(
             measurement, controller.batch_size, where, self._has_warned
         )

@@ -1,7 +1,5 @@
 """`AdaptiveTrainer`: a Keras `fit` whose batch size follows the noise."""
 
-import keras
-
 from keras_batchsize import distributed
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
@@ -10,40 +8,21 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._trainer_callbacks import TrainerBatchSize
+from keras_batchsize._trainer_callbacks import board_of
+from keras_batchsize._trainer_callbacks import callbacks_of
 from keras_batchsize._trainer_model import KeptProfile
 from keras_batchsize._trainer_model import LastOptimizer
 from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import check_state
 from keras_batchsize._trainer_model import largest_by_default
-from keras_batchsize.callbacks import BackupAndRestore
-from keras_batchsize.callbacks import BatchSizeTensorBoard
-from keras_batchsize.callbacks import DynamicBatchSize
-from keras_batchsize.callbacks import ExamplesProgbarLogger
-from keras_batchsize.callbacks import LearningRateScaling
+from keras_batchsize._trainer_model import note_own_fit
 from keras_batchsize.controller import Controller
 from keras_batchsize.measuring import checked_every
 from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
 from keras_batchsize.superbatches import make_superbatches
 from keras_batchsize.update_graphs import KeptSteps
-
-
-class _TrainerBatchSize(DynamicBatchSize):
-    """`DynamicBatchSize` with a controller that outlives one `fit`."""
-
-    # The trainer's `fit` and `_fit` stand before that of Keras.
-    _depth = DynamicBatchSize._depth + 2
-
-    def __init__(self, controller, examples, kept_steps, verbose):
-        super().__init__(controller.policy, controller.ladder.base)
-        self.verbose = verbose
-        self._kept_steps = kept_steps
-        self.examples = examples
-        self._controller = controller
-
-    def make_controller(self, superbatch_size):
-        """Returns the trainer's controller."""
-        return self._controller
 
 
 class AdaptiveTrainer:
@@ -115,7 +94,7 @@ class AdaptiveTrainer:
         self.max_batch_size = max_batch_size
         self.superbatch_size = superbatch_size
         self.measure_every = checked_every(measure_every)
-        self.tensorboard = _board(tensorboard)
+        self.tensorboard = board_of(tensorboard)
         self.backup_dir = backup_dir
         self.verbose = verbose
         self._controller = None
@@ -185,7 +164,8 @@ class AdaptiveTrainer:
             initial_epoch: Epoch to start at.
             steps_per_epoch: Base batches per epoch.
             validation_steps: Batches to validate on.
-            validation_batch_size: Batch size of validation, None for B₀.
+            validation_batch_size: Batch size of validation, None for
+                `batch_size`.
             validation_freq: Epochs between validations.
 
         Returns:
@@ -203,9 +183,9 @@ class AdaptiveTrainer:
             class_weight=class_weight,
         )
         return self._fit(
-            superbatches,
-            callbacks,
-            verbose=verbose,
+            *(superbatches, callbacks, verbose),
+            # Keras validates arrays by it; what it trains on is batched.
+            batch_size=batch_size,
             epochs=epochs,
             validation_data=validation_data,
             initial_epoch=initial_epoch,
@@ -237,9 +217,9 @@ class AdaptiveTrainer:
 
     def _fit(self, superbatches, callbacks, verbose, **arguments):
         controller = self._controller_for(superbatches)
-        sizes = _TrainerBatchSize(
-            *(controller, superbatches.examples, self._kept_steps),
-            self.verbose and verbose != 0,
+        shows = self.verbose and verbose != 0
+        sizes = TrainerBatchSize(
+            controller, superbatches, self._kept_steps, shows
         )
         distributed.check_alike(
             self.model,
@@ -254,36 +234,22 @@ class AdaptiveTrainer:
             with self._prepared(self.model, superbatches.specs):
                 return self.model.fit(
                     superbatches,
-                    batch_size=superbatches.base_batch_size,
                     steps_per_epoch=superbatches.steps_per_epoch,
                     verbose=verbose,
-                    callbacks=self._callbacks(
-                        callbacks, sizes, superbatches, verbose
+                    callbacks=callbacks_of(
+                        self, callbacks, sizes, superbatches, verbose
                     ),
                     **arguments,
                 )
+        except (TypeError, ValueError) as error:
+            note_own_fit(self.model, error)
+            raise
         finally:
             sizes.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
             self._report = sizes.report or self._report
             self._last_optimizer.note(self.model)
-
-    def _callbacks(self, callbacks, sizes, superbatches, verbose):
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks = callbacks.callbacks
-        given = keras.tree.flatten(callbacks) if callbacks else []
-        ours = [sizes, LearningRateScaling(self.learning_rate_scaling)]
-        if self.tensorboard is not None:
-            given.append(self.tensorboard)
-        if self.backup_dir is not None:
-            given.append(BackupAndRestore(self.backup_dir))
-        has_bar = any(
-            isinstance(one, keras.callbacks.ProgbarLogger) for one in given
-        )
-        if verbose != 0 and not has_bar:
-            given.append(ExamplesProgbarLogger(superbatches.examples_per_epoch))
-        return ours + given
 
     def _controller_for(self, superbatches):
         """Returns the controller of the last `fit`, or a new one."""
@@ -295,7 +261,8 @@ class AdaptiveTrainer:
             measure = None
         state, last = self._state, self._controller
         is_same = self._last_optimizer.is_of(self.model)
-        if last is not None and last.ladder.base == base and is_same:
+        goes_on = last is not None and is_same
+        if goes_on and last.ladder.base == base:
             state = last.get_state()
         controller = Controller(
             self.policy,
@@ -306,7 +273,12 @@ class AdaptiveTrainer:
         )
         if state is not None:
             controller.set_state(state)
-            # A schedule goes on from what a plain `fit` did in between.
+        elif goes_on:
+            # Statistics are of one base size; a schedule just goes on.
+            last.clock.start_epoch()
+            controller.clock.steps = last.clock.steps
+        if state is not None or goes_on:
+            # And from what a plain `fit` did in between.
             controller.clock.steps += self._last_optimizer.steps_since(
                 self.model
             )
@@ -387,12 +359,3 @@ class AdaptiveTrainer:
         """
         check_state(state)
         self._controller, self._state = None, dict(state) or None
-
-
-def _board(tensorboard):
-    """Returns the `BatchSizeTensorBoard` of the argument, or None."""
-    if tensorboard is None:
-        return None
-    if isinstance(tensorboard, keras.callbacks.TensorBoard):
-        return BatchSizeTensorBoard(tensorboard=tensorboard)
-    return BatchSizeTensorBoard(tensorboard)

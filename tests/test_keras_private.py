@@ -70,13 +70,13 @@ ATTRIBUTES = {
     "_func": "in_order",
     "_input_dataset": "batch_size_of and in_order",
     "_flatten_layers": "flatten_layers",
-    "_inputs": "makes_batches and tensors_of",
+    "_inputs": "makes_batches, is_fed_by_python and tensors_of",
     "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
     "_remat_mode": "remat_mode",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
     "_loss_tracker": "track_loss",
-    "_map_func": "in_order",
+    "_map_func": "in_order and is_fed_by_python",
     "_maybe_symbolic_build": "built_from_specs",
     "_momentums": "velocities",
     "_padded_shapes": "in_order",
@@ -453,6 +453,30 @@ def test_dataset_tells_whether_it_makes_batches(name):
     ):
         assert keras_private.makes_batches(dataset) is expected, changed(
             f"{type(dataset).__name__}._inputs", user("_inputs")
+        )
+
+
+def test_dataset_tells_whether_python_feeds_it():
+    from keras_batchsize import keras_private
+
+    def generated():
+        return tf.data.Dataset.from_generator(
+            lambda: range(12), output_signature=tf.TensorSpec([], "int64")
+        )
+
+    numbers = tf.data.Dataset.range(12)
+    for dataset, expected in (
+        (generated(), True),
+        (generated().shuffle(2).map(lambda x: x).batch(4), True),
+        (numbers.interleave(lambda x: generated()), True),
+        (tf.data.Dataset.zip((numbers, generated())), True),
+        (numbers.map(lambda x: x).filter(lambda x: True).batch(4), False),
+        (numbers.flat_map(lambda x: tf.data.Dataset.range(x)), False),
+        (numbers.interleave(lambda x: tf.data.Dataset.range(x)), False),
+    ):
+        assert keras_private.is_fed_by_python(dataset) is expected, changed(
+            "_FlatMapDataset._map_func.function, or GeneratorDataset",
+            user("_map_func"),
         )
 
 

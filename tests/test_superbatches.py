@@ -865,6 +865,52 @@ def test_each_example_exactly_once_per_epoch(data, warns):
     assert counts.updates == [math.ceil(EXAMPLES / size) for size in SIZES]
 
 
+class Uneven(keras.utils.PyDataset):
+    """Batches of the sizes given."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.ends = np.cumsum([0, *sizes])
+
+    @property
+    def num_batches(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        rows = slice(*self.ends[index : index + 2])
+        return X[rows], IDS[rows]
+
+
+# The first batch, from which sizes are guessed, is the smallest, the largest
+# or like the second.
+UNEVEN = [(6, 32, 32), (32, 32, 6), (64, 2, 2, 2), (8, 8, 40, 14), (69, 1)]
+
+
+@pytest.mark.filterwarnings(f"ignore:{OUT_OF_DATA}")
+@pytest.mark.parametrize("sizes", UNEVEN, ids=str)
+def test_no_example_is_left_out_where_batch_sizes_are_guessed(sizes):
+    counts, batch_sizes = train_on_schedule(
+        Uneven(*sizes), batch_size=BASE, shuffle=False
+    )
+
+    assert batch_sizes == SIZES
+    for seen in counts.counts:
+        np.testing.assert_array_equal(seen, 1)
+
+
+@pytest.mark.filterwarnings(f"ignore:{OUT_OF_DATA}")
+def test_no_example_is_left_out_where_short_batches_come_first():
+    # The short batch of six is the first that is read, one time in three.
+    data = sliced(X, IDS).batch(32).map(lambda x, y: (x, y))
+    short_first = data.skip(2).concatenate(data.take(2)).map(lambda *one: one)
+    assert keras_private.batch_size_of(short_first) is None
+
+    counts, _ = train_on_schedule(short_first, batch_size=BASE)
+
+    for seen in counts.counts:
+        np.testing.assert_array_equal(seen, 1)
+
+
 class Walk(kb.policies.BatchSizePolicy):
     """Goes up and down the ladder at every occasion."""
 
@@ -1052,15 +1098,46 @@ def test_arrays_that_are_not_dense_are_handed_over_themselves():
     assert isinstance(superbatch[0], tf.SparseTensor)
 
 
-def test_reading_ahead_does_not_disturb_a_shuffle():
-    # The size of its batches is told without an iteration, which would take
-    # the first order of a seeded shuffle away.
-    dataset = sliced(X, Y).shuffle(EXAMPLES, seed=3).batch(BASE)
-    twin = sliced(X, Y).shuffle(EXAMPLES, seed=3).batch(BASE)
+def shuffled():
+    return sliced(X, Y).shuffle(EXAMPLES, seed=3)
 
-    make_superbatches(regressor(), dataset)
 
-    first, other = next(iter(dataset)), next(iter(twin))
+def is_known(x, y):
+    return True
+
+
+def once():
+    """A pipeline whose source can be read one time only."""
+    rows = iter(zip(X, Y))
+    return tf.data.Dataset.from_generator(
+        lambda: rows,
+        output_signature=tuple(
+            tf.TensorSpec(data.shape[1:], data.dtype) for data in (X, Y)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        # How many examples a batch has is told, or it is read in order; an
+        # iteration would take the first order of a seeded shuffle away.
+        lambda: shuffled().batch(BASE),
+        lambda: shuffled().batch(BASE).map(lambda x, y: (x, y)),
+        lambda: shuffled().filter(is_known),
+        lambda: sliced(X, Y).filter(is_known).shuffle(9, seed=3).batch(BASE),
+        # What is read would be gone.
+        once,
+        lambda: once().batch(BASE),
+        lambda: once().batch(BASE, drop_remainder=True).map(lambda *one: one),
+    ],
+)
+def test_reading_ahead_disturbs_nothing(make):
+    dataset = make()
+
+    make_superbatches(regressor(), dataset, batch_size=BASE)
+
+    first, other = next(iter(dataset)), next(iter(make()))
     np.testing.assert_array_equal(first[0], other[0])
 
 

@@ -251,6 +251,73 @@ def test_a_profile_is_that_of_the_model_as_it_was_compiled(fits):
 # What the step time is fitted to.
 
 
+@pytest.mark.parametrize("steps", [None, 3])
+def test_validation_is_that_of_keras_where_no_batch_size_is_stated(steps):
+    # A mean of batch means, for targets by name: it depends on their size.
+    x, y = comparing.regression(50)
+    arguments = {"validation_data": (x, {"size": y}), "shuffle": False}
+    seen = []
+    for trainer in (kb.AdaptiveTrainer, lambda model, policy: model):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((comparing.FEATURES,))
+        outputs = {"size": keras.layers.Dense(1)(inputs)}
+        model = keras.Model(inputs, outputs)
+        model.compile("sgd", {"size": "mse"})
+        data = tf.data.Dataset.from_tensor_slices((x, {"size": y})).batch(8)
+        seen.append(
+            trainer(model, policy="fixed").fit(
+                data, validation_steps=steps, verbose=0, **arguments
+            )
+        )
+    ours, theirs = (one.history["val_loss"] for one in seen)
+    assert ours == theirs
+
+
+def test_a_schedule_goes_on_where_the_next_fit_has_another_base_size():
+    # Nine steps an epoch at the first base size, though three updates.
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.1, 0.01])
+    model = dense()
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    trainer = kb.AdaptiveTrainer(
+        model,
+        kb.policies.Fixed(32),
+        learning_rate_scaling="none",
+        max_batch_size=32,
+        verbose=0,
+    )
+    trainer.fit(*regression(), batch_size=8, epochs=2, verbose=0)
+    trainer.fit(*regression(), batch_size=16, verbose=0)
+    assert model.optimizer.iterations < 10
+    for row in trainer.report.rows:
+        assert row.learning_rate == pytest.approx(0.01)
+
+
+class PreparesItsInput(keras.Sequential):
+    def fit(self, x, *args, **kwargs):
+        return super().fit(tf.constant(x), *args, **kwargs)
+
+
+class OnlyDelegates(keras.Sequential):
+    def fit(self, *args, **kwargs):
+        return super().fit(*args, **kwargs)
+
+
+def test_a_fit_of_its_own_is_named_where_it_fails():
+    x, y = comparing.regression()
+
+    def fit(kind):
+        model = kind([keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        kb.AdaptiveTrainer(model).fit(x, y, verbose=0)
+
+    fit(OnlyDelegates)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fit(PreparesItsInput)
+    (note,) = caught.value.__notes__
+    assert "PreparesItsInput has a `fit` of its own" in note
+    assert "DynamicBatchSize" in note
+
+
 class Ticking:
     """A clock on which a second passes from one look to the next."""
 
