@@ -32,6 +32,8 @@ def checked_graphs(team, model, controller, data, cuts=False):
     else:
         # A loss that can be cut into parts is no sum.
         requirements.check_growth(model, sizes, _size_of_the_rate(controller))
+        if controller.rule is not scaling.none:
+            requirements.check_optimizers(model, sizes)
     requirements.check_sizes(model, sizes)
     team.tell_cost_of(controller.ladder.base)
     sample = team.sample(data)

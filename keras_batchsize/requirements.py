@@ -151,6 +151,38 @@ def check_growth(model, sizes, size_of_the_rate):
         )
 
 
+def check_optimizers(model, sizes):
+    """Raises if a model has optimizers whose learning rate would stay.
+
+    A model with its own `train_step` may hold several, as a GAN does. Only the
+    rate of the one it was compiled with can be scaled.
+
+    Args:
+        model: A compiled Keras model.
+        sizes: Sizes that updates may have, in examples, at rates of their own.
+
+    Raises:
+        ValueError: If there are others, and more than one size.
+    """
+    compiled = learning_rate.optimizers_inside(model.optimizer)
+    compiled.append(model.optimizer)
+    others = sorted(
+        name
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer)
+        and not any(value is one for one in compiled)
+    )
+    if others and len({*sizes}) > 1:
+        raise ValueError(
+            "A model must have one optimizer where the learning rate follows "
+            "the batch size: that of others would stay. Received: "
+            f"{' and '.join(others)} beside the compiled optimizer, and "
+            f"updates of {min(sizes)} to {max(sizes)} examples. Use "
+            'learning_rate_scaling="none" and set their rates yourself, in '
+            "`on_epoch_begin` of a callback, say."
+        )
+
+
 def check_short(model, make_batch):
     """Raises if a model takes no other batch size than its own.
 

@@ -602,6 +602,29 @@ def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
 
 
+class TwoOptimizers(OwnStep):
+    """As a GAN: the optimizer it is compiled with is not the only one."""
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        self.critics_optimizer = keras.optimizers.Adam(1e-3)
+
+
+def test_several_optimizers_get_no_rate_that_only_one_would_follow():
+    schedule = kb.policies.BatchSizeSchedule({0: 2 * BASE})
+    model = compiled(TwoOptimizers())
+    with pytest.raises(ValueError, match="Received: critics_optimizer") as why:
+        fit(model, policy=schedule, max_batch_size=2 * BASE)
+    assert 'learning_rate_scaling="none"' in str(why.value)
+    fit(model, policy=schedule, learning_rate_scaling="none")
+    fit(model, policy="fixed")
+    # That of the loss scale, and those it holds, are the compiled one.
+    model = compiled(OwnStep(), optimizer=keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1)
+    ))
+    fit(model, policy=schedule)
+
+
 def test_bounds_that_a_policy_does_not_use_ask_for_no_cutting():
     sizes = {"superbatch_size": 2 * BASE, "max_batch_size": 4 * BASE}
     fit(compiled(OwnStep()), policy="fixed", **sizes)
