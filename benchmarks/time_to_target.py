@@ -19,6 +19,7 @@ traced counts as long as the others of its size.
 """
 
 import argparse
+import contextlib
 import gc
 import statistics
 import time
@@ -189,19 +190,20 @@ def measure(options):
         wanted = [
             one for one in wanted if f"{one[0]}-{one[1]}" in options.only
         ]
-    runs = {one: [] for one in wanted}
-    for seed in range(options.seeds):
-        for method, size in wanted:
-            runs[method, size].append(run(options, data, seed, method, size))
+    seeds = []
+    # Half an hour and more: Ctrl-C ends with what there is.
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(options.seeds):
+            seeds.append([run(options, data, seed, *one) for one in wanted])
     print(
         f"{options.model} on {options.data}, {options.target:.1%} test "
         f"accuracy, rate {options.learning_rate} at {BASE}, median of "
-        f"{options.seeds} seeds\n\n"
+        f"{len(seeds)} seeds\n\n"
         "| method | from | seconds | (min to max) | examples | updates "
         "| tracing s |\n|---|---|---|---|---|---|---|"
     )
-    middle = options.seeds // 2
-    for (method, size), results in runs.items():
+    middle = len(seeds) // 2
+    for (method, size), results in zip(wanted, zip(*seeds)):
         seconds, examples, updates, tracing = map(sorted, zip(*results))
         print(
             f"| {method} | {size} | {seconds[middle]:.2f} | "
