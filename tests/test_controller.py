@@ -349,6 +349,25 @@ def test_an_update_at_the_end_of_an_epoch_counts_and_is_measured():
 # What is measured.
 
 
+def test_tracing_is_no_cost_of_measuring():
+    controller, machine = make_controller(), Machine(500.0)
+    # So many that the next measurement is charged.
+    trained(controller, machine, 40)
+    before = controller.get_state()["measuring"]
+    norms = measured(machine.random, *machine.quadratic, SUPERBATCH)
+    after(
+        controller,
+        norms=(norms,),
+        measuring_seconds=5.0,
+        seconds=9.0,
+        traced=True,
+    )
+    booked = controller.get_state()["measuring"]
+    assert booked["_taken"] == before["_taken"] + 1
+    for name in ("_elapsed", "_spent", "_costs"):
+        assert booked[name] == before[name]
+
+
 def test_ragged_and_accumulated_superbatches_are_not_measured():
     controller = make_controller(
         ladder=Ladder(32, 8, 4 * SUPERBATCH), measure_every=1
@@ -419,14 +438,16 @@ def test_plan_covers_the_batch_within_a_superbatch(replicas):
 # The learning rate.
 
 
-def test_rate_follows_the_rule_with_the_latest_known_noise_scale():
+@pytest.mark.parametrize("meant_for", [32, 8])
+def test_rate_follows_the_rule_with_the_latest_known_noise_scale(meant_for):
     controller = make_controller(rule=scaling.adascale, measure_every=1)
+    controller.clock.batch_size = meant_for
     assert controller.learning_rate_factor == 1.0
     machine = Machine(500.0)
     trained(controller, machine, 60)
     size, phi = controller.batch_size, controller.noise_scale.value
     assert size > 32
-    gain = (1 + phi / 32) / (1 + phi / size)
+    gain = (1 + phi / meant_for) / (1 + phi / size)
     assert controller.learning_rate_factor == pytest.approx(gain, rel=1e-9)
 
     # While it is not resolved the rate does not jump back.
@@ -437,7 +458,7 @@ def test_rate_follows_the_rule_with_the_latest_known_noise_scale():
         known = controller.noise_scale.value
         machine.superbatch(controller)
     assert not controller.noise_scale.resolved
-    gain = (1 + known / 32) / (1 + known / controller.batch_size)
+    gain = (1 + known / meant_for) / (1 + known / controller.batch_size)
     assert controller.learning_rate_factor == pytest.approx(gain, rel=1e-9)
 
 
@@ -498,15 +519,27 @@ def test_a_schedule_knows_the_speedup_only_where_the_noise_is_known():
 
 
 def test_goodput_is_of_the_size_that_the_rate_was_meant_for():
-    controller = make_controller(rule=scaling.linear)
+    controller = make_controller(rule=scaling.linear, measure_every=1)
     controller.clock.batch_size = 256
-    trained(controller, Machine(500.0), 40)
-    size, known = controller.batch_size, controller.noise_scale.value
-    assert size > 32
-    assert controller.goodput == throughput.goodput(
-        *(size, controller.step_time, known),
-        *(256, throughput.linear_efficiency),
-    )
+    sizes, decisions = trained(controller, Machine(50.0), 200)
+    step_time, known = controller.step_time, controller.noise_scale.value
+
+    def goodput(size, noise_scale=known):
+        return throughput.goodput(
+            *(size, step_time, noise_scale),
+            *(256, throughput.linear_efficiency),
+        )
+
+    best = max(controller.ladder.sizes, key=goodput)
+    assert sizes[-1] == recommended_batch_size(controller) == best
+    assert controller.goodput == goodput(best)
+    for index, one in enumerate(decisions):
+        gain = goodput(one.new_batch_size, one.noise_scale) / goodput(
+            one.old_batch_size, one.noise_scale
+        )
+        assert controller.observed_speedup(one) == pytest.approx(gain)
+        if index > 0:
+            assert one.predicted_speedup == pytest.approx(gain)
 
 
 def test_one_example_is_not_measured():

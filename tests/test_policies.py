@@ -251,19 +251,24 @@ TIMES = [StepTime(1e-2, 1e-6), StepTime(1e-3, 2e-5), StepTime(1e-3, 2e-5, 256)]
 @pytest.mark.parametrize("step_time", TIMES)
 @pytest.mark.parametrize("min_speedup", [1.0, 1.05, 1.3])
 @pytest.mark.parametrize("efficiency", EFFICIENCIES)
+@pytest.mark.parametrize("meant_for", [None, 256])
 def test_goodput_changes_only_for_the_speedup_asked_for(
-    step_time, min_speedup, efficiency
+    step_time, min_speedup, efficiency, meant_for
 ):
     policy = policies.Goodput(min_speedup)
     for batch_size in LADDER.sizes:
         status = status_at(
-            batch_size, step_time=step_time, efficiency=efficiency
+            batch_size,
+            step_time=step_time,
+            efficiency=efficiency,
+            rate_batch_size=meant_for,
         )
         for noise_scale in NOISE_SCALES[1:]:
 
             def useful(size):
                 return throughput.goodput(
-                    size, step_time, noise_scale, 32, efficiency
+                    *(size, step_time, noise_scale),
+                    *(meant_for or 32, efficiency),
                 )
 
             if useful(batch_size) == 0.0:
