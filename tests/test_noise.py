@@ -277,12 +277,14 @@ def test_two_micro_batches_do_not_tell_how_precise_they_are():
 
 
 @pytest.mark.parametrize("noise_scale", [256.0, 4096.0])
-def test_variances_are_those_of_gaussian_noise(noise_scale):
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_variances_are_those_of_gaussian_noise(noise_scale, count):
     # All eigenvalues equal, for which the effective rank says everything.
     gradient, deviation = quadratic(np.ones(60), noise_scale, np.ones(60))
     random = np.random.default_rng(0)
     moments = [
-        moments_of(measured(random, gradient, deviation)) for _ in range(4000)
+        moments_of(measured(random, gradient, deviation, count=count))
+        for _ in range(4000)
     ]
     pairs = [(one.squared_norm, one.trace) for one in moments]
 
@@ -291,7 +293,7 @@ def test_variances_are_those_of_gaussian_noise(noise_scale):
         noise.GradientMoments(gradient @ gradient, 60.0),
         weight=1.0,
         examples=1024,
-        count=8,
+        count=count,
         level=60.0,
     )
     variance = one.noise_noise + one.signal_noise * (gradient @ gradient)
