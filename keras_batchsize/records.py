@@ -31,7 +31,8 @@ class Measurement:
         seconds: Wall time of the superbatch, waiting for data included.
         traced: Whether the time contains tracing or compiling.
         loss: Mean loss of the epoch so far. None if there is none.
-        learning_rate: The rate of its last update.
+        learning_rate: The rate of its last update, which a later one may
+            finish.
         factor: What the base rate was multiplied by in that.
     """
 

@@ -115,8 +115,9 @@ class ReplicaGraphs:
             rate: A `RateInForce`.
 
         Returns:
-            Tuple of the logs, the learning rate, the `Unfinished` update and a
-            float64 tensor of shape (updates, fields of `MicroBatchNorms`).
+            Tuple of the logs, the learning rate of the last update, finished
+            or not, the `Unfinished` update and a float64 tensor of shape
+            (updates, fields of `MicroBatchNorms`).
         """
         batch_size, micro = sizes[0], sizes[1] * self._replicas
         is_begun = total.sums is not None
@@ -171,7 +172,8 @@ class ReplicaGraphs:
         _, rows = self._while(
             lambda index, _: index < updates, body, (tf.constant(0), rows)
         )
-        return *self._state(rate, stop - 1), rows.stack()
+        last = (updates - 1) * batch_size
+        return *self._state(rate, last), rows.stack()
 
     def _update_everywhere(self, data, start, end, rate, guarded):
         """Makes an update of the examples [start, end)."""
@@ -215,12 +217,12 @@ class ReplicaGraphs:
                 total.examples + end - position,
                 total.count + int(rounds),
             )
-            position = end
+            position, began = end, end - total.examples
             if total.examples >= batch_size or (finish and end >= stop):
-                began = rate.at(position - total.examples, self._base)
-                rows.append(self._apply(total.sums, began))
+                rate_now = rate.at(began, self._base)
+                rows.append(self._apply(total.sums, rate_now))
                 total = self.zeros()
-        logs, used = self._state_now(rate, self._size(stop - 1))
+        logs, used = self._state_now(rate, self._size(began))
         return logs, used, total, tf.stack(rows) if rows else ()
 
     def _loop_over_micro_batches(

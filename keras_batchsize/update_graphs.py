@@ -231,9 +231,9 @@ class UpdateGraphs:
             rate: A `RateInForce`.
 
         Returns:
-            Tuple of the logs, the learning rate, the unfinished
-            `Accumulated`, and a float64 tensor of shape (updates, 5) with a
-            row of `MicroBatchNorms` per update.
+            Tuple of the logs, the learning rate of the last update, finished
+            or not, the unfinished `Accumulated`, and a float64 tensor of shape
+            (updates, 5) with a row of `MicroBatchNorms` per update.
         """
         end, last = _constant(stop), tf.constant(finish)
         batch_size, micro = sizes
@@ -259,7 +259,7 @@ class UpdateGraphs:
             element_shape=(5,),
         )
 
-        def body(position, row, total, norms, logs):
+        def body(position, row, _, total, norms, logs):
             take = micro
             if rows is None:
                 missing = batch_size - total.examples
@@ -274,28 +274,29 @@ class UpdateGraphs:
             )
             # An update's rate is that of its first example, which an earlier
             # superbatch may have held.
-            rate_now = rate.at(end - total.examples, self._base)
+            began = end - total.examples
             total, norms = tf.cond(
                 full,
-                lambda: self._apply(total, norms, row, rate_now),
+                lambda: self._apply(total, norms, row, rate, began),
                 lambda: (total, norms),
             )
-            return end, row + tf.cast(full, tf.int32), total, norms, logs
+            return end, row + tf.cast(full, tf.int32), began, total, norms, logs
 
-        _, count, total, norms, logs = tf.while_loop(
+        _, count, began, total, norms, logs = tf.while_loop(
             lambda position, *_: position < stop,
             body,
-            (tf.constant(0), tf.constant(0), total, norms, total.logs),
+            (*[tf.constant(0)] * 3, total, norms, total.logs),
             parallel_iterations=1,
         )
         return (
             {**self._model.get_metrics_result(), **logs},
-            self._final_rate(rate, stop - 1),
+            self._final_rate(rate, began),
             total,
             norms.stack()[:count] if rows is None else (norms.stack(), count),
         )
 
-    def _apply(self, total, norms, row, rate):
+    def _apply(self, total, norms, row, rate, began):
+        rate = rate.at(began, self._base)
         norms = norms.write(row, self._accumulator.apply(total, rate))
         return self._accumulator.zeros(), norms
 

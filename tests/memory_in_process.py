@@ -242,24 +242,6 @@ def unbuilt_replicas_are_mirrored():
     kb.AdaptiveTrainer(model, policy="fixed", verbose=0).fit(
         *data, batch_size=8, verbose=0
     )
-    holes_of_replicas_that_share_memory(model)
-
-
-def holes_of_replicas_that_share_memory(model):
-    """Of replicas on a CPU what each of them takes adds up."""
-    from fake_memory import MB
-    from fake_memory import FakeMeter
-    from fake_memory import probe
-
-    alone = FakeMeter(100 * MB, slope=0.01 * MB)
-    shared = FakeMeter(100 * MB, slope=0.01 * MB)
-    alone.holes = shared.holes = 2.0
-    shared.is_shared = True
-    first, second = (
-        probe(meter, model, count=40, maximum=40) for meter in (alone, shared)
-    )
-    assert second.hole_per_example == 2.0 * first.hole_per_example > 0.0
-    assert second.resident_bytes == 2 * first.resident_bytes
 
 
 def replica_values(model):

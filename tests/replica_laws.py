@@ -19,6 +19,7 @@ import traceback
 import warnings
 
 import comparing
+import fake_memory
 import keras
 import numpy as np
 import tensorflow as tf
@@ -27,6 +28,8 @@ from comparing import adaptive
 from comparing import compiled
 from comparing import dense
 from comparing import plain
+from test_gradients import Remembering
+from test_gradients import norms_of
 
 import keras_batchsize as kb
 from keras_batchsize import _train_function_team
@@ -294,7 +297,12 @@ def several_outputs(strategy):
 def assert_sizes_are_those_of_one_device(strategy, policy, **arguments):
     """The base size is a multiple of all numbers of replicas."""
     data = comparing.regression(210)
-    make = momentum()
+    decay = keras.optimizers.schedules.ExponentialDecay(0.05, 10, 0.9)
+    make = compiled(
+        dense,
+        optimizer=lambda: optimizers.SGD(decay, momentum=0.9),
+        metrics=["mae"],
+    )
     theirs = adaptive(make, *data, policy=policy(), epochs=4, **arguments)
     ours = adaptive(
         under(strategy, make), *data, policy=policy(), epochs=4, **arguments
@@ -305,6 +313,11 @@ def assert_sizes_are_those_of_one_device(strategy, policy, **arguments):
     # Momentum and a high rate carry rounding on for four epochs.
     comparing.assert_close(ours, theirs, 4 * RTOL)
     assert_replicas_agree(ours.model)
+    rates, expected = (
+        [row.learning_rate for row in trained.result.report.rows]
+        for trained in (ours, theirs)
+    )
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
     return ours
 
 
@@ -451,46 +464,92 @@ def a_probe_tries_multiples_of_the_replicas(strategy):
         assert size % number == 0 and size >= number
 
 
+@law(2)
+def replicas_that_share_memory_add_up(strategy):
+    """What they hold, and the holes between that."""
+    model = comparing.seeded(under(strategy, momentum()))
+    profiles = []
+    for is_shared in (False, True):
+        meter = fake_memory.FakeMeter(10**8, slope=10**4)
+        meter.holes, meter.is_shared = 2.0, is_shared
+        profiles.append(fake_memory.probe(meter, model, 40, maximum=40))
+    alone, shared = profiles
+    assert shared.hole_per_example == 2.0 * alone.hole_per_example > 0.0
+    assert shared.resident_bytes == 2 * alone.resident_bytes
+
+
+def updates_of_twelve(strategy, make_model, micro, *data):
+    """Trains on 22 examples; returns the model and a row per update."""
+    model = comparing.seeded(under(strategy, make_model))
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(22)
+    data = next(iter(replicas.dealt_out(dataset, strategy)))
+    parts = replicas.Shares(strategy)
+    graphs = ReplicaGraphs(model, 12, True, parts)
+    graphs.build(parts.local(data)[0])
+    *_, rows = graphs.accumulate(
+        graphs.zeros(),
+        data,
+        22,
+        (12, micro),
+        True,
+        learning_rate.rate_in_force(1.0, 1.0, 0, 0),
+    )
+    return model, rows.numpy()
+
+
 @law()
 def norms_are_those_of_the_shares(strategy):
     """The gradients of `offset` are w - x: all moments are known."""
     number = strategy.num_replicas_in_sync
-    model = comparing.seeded(under(strategy, comparing.offset()))
     x, y = comparing.regression(22)
-    dataset = replicas.dealt_out(
-        tf.data.Dataset.from_tensor_slices((x, y)).batch(22), strategy
+    weights = np.random.default_rng(1).uniform(0.1, 3.0, 22)
+    weights = weights.astype("float32")
+    weighted = comparing.offset(
+        lambda: optimizers.SGD(0.0, loss_scale_factor=1024.0),
+        reduction="mean_with_sample_weight",
     )
-    parts = replicas.Shares(strategy)
-    graphs = ReplicaGraphs(model, 12, True, parts)
-    data = next(iter(dataset))
-    graphs.build(parts.local(data)[0])
-    for micro in (12, 2):  # In one micro-batch, and in several.
-        rows = graphs.accumulate(
-            graphs.zeros(),
-            data,
-            22,
-            (12, micro),
-            True,
-            learning_rate.rate_in_force(1.0, 1.0, 0, 0),
-        )[-1].numpy()
-        for row, start, end in zip(rows, (0, 12), (12, 22)):
-            parts = []
-            step = min(micro * number, 12)
-            for first in range(start, end, step):
-                last = min(first + step, end)
-                for index in range(number):
-                    kept = np.arange(first, last)
-                    parts.append(0.5 - x[kept[kept % number == index]])
-            parts = [one for one in parts if len(one)]
-            squares = [
-                len(one) * np.square(one.mean(axis=0)).sum() for one in parts
-            ]
-            mean = np.square((0.5 - x[start:end]).mean(axis=0)).sum()
-            np.testing.assert_allclose(
-                row,
-                [sum(squares) / (end - start), mean, end - start, len(parts)],
-                rtol=1e-5,
+    for make_model, *given in ((comparing.offset(),), (weighted, weights)):
+        weigh = given[0] if given else np.ones(22)
+        for micro in (12, 2):  # In one micro-batch, and in several.
+            _, rows = updates_of_twelve(
+                strategy, make_model, micro, x, y, *given
             )
+            for row, start, end in zip(rows, (0, 12), (12, 22)):
+                shares = shares_of(start, end, micro * number, number)
+                gradients = [
+                    np.average(0.5 - x[one], axis=0, weights=weigh[one])
+                    for one in shares
+                ]
+                squares, mean, _ = norms_of(
+                    np.array(gradients), [weigh[one].sum() for one in shares]
+                )
+                np.testing.assert_allclose(
+                    row, [squares, mean, end - start, len(shares)], rtol=1e-5
+                )
+
+
+def shares_of(start, end, piece, number):
+    """Returns which examples each replica has of each piece, if it has any."""
+    cuts = [*range(piece, end - start, piece)]
+    shares = [
+        part[part % number == index]
+        for part in np.split(np.arange(start, end), cuts)
+        for index in range(number)
+    ]
+    return [one for one in shares if len(one)]
+
+
+@law(3)
+def variables_overwritten_by_their_gradient_take_the_largest(strategy):
+    """Of all replicas and all micro-batches of an update: the last one's."""
+    x, y = comparing.regression(22)
+    for micro in (12, 2):
+        model, _ = updates_of_twelve(
+            strategy, comparing.of_layer(Remembering), micro, x, y
+        )
+        largest = model.layers[0].largest.value
+        for one in strategy.experimental_local_results(largest):
+            assert float(one) == np.abs(x[12:]).max()
 
 
 @law()

@@ -233,6 +233,28 @@ def test_rate_seen_by_the_user_does_not_follow_the_size():
     assert user.seen == [2.0**-5] * 3 + [2.0**-7] * 6
     in_force = [row.learning_rate for row in trained.result.report.rows]
     assert in_force == [2.0**-3] * 3 + [2.0**-7] * 3 + [2.0**-6] * 3
+    # Nor does the rate that policies see, at twice the base size by now.
+    assert trained.result._controller._status().learning_rate == 2.0**-7
+
+
+@pytest.mark.parametrize("size", [2 * BASE, 2 * SUPERBATCH])
+def test_the_rate_of_a_superbatch_is_that_of_its_last_update(size):
+    decay = optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+    trained = adaptive(
+        compiled(dense, optimizer=lambda: optimizers.SGD(decay)),
+        *comparing.regression(150),
+        policy=BatchSizeSchedule({0: size}),
+        learning_rate_scaling="none",
+        max_batch_size=size,
+        epochs=1,
+    )
+    rows = trained.result.report.rows
+    # Where the update of the last example began, in steps of plain `fit`.
+    steps = [(row.examples - 1) // size * size // BASE for row in rows]
+    expected = [0.1 * 0.5**step for step in steps]
+    np.testing.assert_allclose(
+        [row.learning_rate for row in rows], expected, rtol=1e-6
+    )
 
 
 def test_what_an_optimizer_holds_is_put_back_after_an_error():
@@ -371,7 +393,7 @@ DECAYING = {
 }
 
 
-def decayed(name, size, rule):
+def decayed(name, train=adaptive, **arguments):
     """What an epoch of 64 examples leaves of a weight without gradient."""
     x = np.zeros((64, FEATURES), "float32")
 
@@ -382,21 +404,21 @@ def decayed(name, size, rule):
         )
         return model
 
-    trained = adaptive(
-        make,
-        x,
-        x,
-        policy=BatchSizeSchedule({0: size}),
-        learning_rate_scaling=rule,
-        epochs=1,
-    )
+    trained = train(make, x, x, epochs=1, **arguments)
     return float(trained.model.weights[0][0]) / 0.5
+
+
+def decayed_at(name, size, rule):
+    return decayed(
+        name, policy=BatchSizeSchedule({0: size}), learning_rate_scaling=rule
+    )
 
 
 @pytest.mark.parametrize("rule", ["linear", "sqrt"])
 @pytest.mark.parametrize("name", DECAYING)
 def test_weight_decay_keeps_its_timescale(name, rule):
-    small, large = decayed(name, BASE, rule), decayed(name, 4 * BASE, rule)
+    small = decayed_at(name, BASE, rule)
+    large = decayed_at(name, 4 * BASE, rule)
     # Per update 1 - rate·decay, eight times, and 1 - 4·rate·decay, twice.
     once = RATE * DECAY
     np.testing.assert_allclose(small, (1.0 - once) ** 8, rtol=1e-6)
@@ -408,8 +430,15 @@ def test_weight_decay_keeps_its_timescale(name, rule):
 def test_weight_decay_is_left_alone_without_scaling():
     once = RATE * DECAY
     np.testing.assert_allclose(
-        decayed("AdamW", 4 * BASE, "none"), (1.0 - once) ** 2, rtol=1e-6
+        decayed_at("AdamW", 4 * BASE, "none"), (1.0 - once) ** 2, rtol=1e-6
     )
+
+
+def test_weight_decay_is_not_warmed_up():
+    # The rate is: in two updates it is once and 2.5 times the base rate.
+    left = decayed("AdamW", scaled, rule="linear", warmup_epochs=1)
+    once = RATE * DECAY
+    np.testing.assert_allclose(left, (1.0 - 4.0 * once) ** 2, rtol=1e-6)
 
 
 # The rule named "auto".
