@@ -1,5 +1,6 @@
 """Every test starts from a quiet TensorFlow, known seeds and no leftovers."""
 
+import collections
 import os
 import pathlib
 import subprocess
@@ -18,6 +19,21 @@ os.environ.update(
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files with the most slow tests first, then those with the most.
+
+    With `--dist loadfile` each core takes the next file of this order when it
+    has done one. A long one that came last would leave the other core idle, and
+    the order of pytest-xdist, by the number of tests, puts those last that have
+    few tests and long ones: hence `--no-loadscope-reorder`.
+    """
+    slow, all_of = collections.Counter(), collections.Counter()
+    for item in items:
+        slow[item.path] += item.get_closest_marker("slow") is not None
+        all_of[item.path] += 1
+    items.sort(key=lambda item: (-slow[item.path], -all_of[item.path]))
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +58,16 @@ def run_python():
     It sees the package that stands beside the tests, wherever it runs.
     """
 
-    def run(*arguments, cwd=None, timeout=300):
+    def run(*arguments, cwd=None, environment=(), timeout=300):
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=cwd,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            env={
+                **os.environ,
+                **dict(environment),
+                "PYTHONPATH": os.pathsep.join(path),
+            },
             capture_output=True,
             text=True,
             timeout=timeout,
