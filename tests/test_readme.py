@@ -1,6 +1,7 @@
 """README and docs say what is so: their Python is run, their commands exist."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
@@ -78,26 +79,78 @@ def failing_block(blocks, script, stderr):
     return (before or blocks)[-1].line, lines[-1]
 
 
+# They begin as a user does, with a new interpreter, and one makes a strategy.
+ALONE = [README, ROOT / "docs" / "distributed.md"]
+RUN = [page for page in PAGES if page == README or any(python_blocks(page))]
+
+# Runs scripts one after the other, each in its folder, with names of its own,
+# and prints a line of JSON for each, with the traceback if there is one.
+ONE_BY_ONE = """if True:
+    import contextlib, json, os, runpy, sys, traceback
+    for script in sys.argv[1:]:
+        os.chdir(os.path.dirname(script))
+        error = ""
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except BaseException:
+                error = traceback.format_exc()
+        print(json.dumps({"script": script, "error": error}), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def errors_of(run_python, tmp_path_factory):
+    """Returns a function from page to its script and the script's traceback.
+
+    Most pages are run in one process, at the first call: importing TensorFlow
+    takes longer than their few lines.
+    """
+    folder = tmp_path_factory.mktemp("pages")
+    scripts, errors = {}, {}
+    for number, page in enumerate(RUN):
+        scripts[page] = folder / str(number) / page.with_suffix(".py").name
+        scripts[page].parent.mkdir()
+        text = as_script(python_blocks(page)[0])
+        scripts[page].write_text(text, encoding="utf-8")
+
+    def run(pages):
+        names = [str(scripts[page]) for page in pages]
+        process = run_python("-c", ONE_BY_ONE, *names, cwd=folder, timeout=400)
+        lines = map(json.loads, process.stdout.splitlines())
+        found = {one["script"]: one["error"] for one in lines}
+        for page, name in zip(pages, names):
+            error = found.get(name, "Its interpreter ended.")
+            if process.returncode:
+                error = error or f"The exit code is {process.returncode}."
+            errors[page] = error and f"{process.stderr}\n{error}"
+
+    def error_of(page):
+        if page not in errors:
+            together = [one for one in RUN if one not in ALONE]
+            run([page] if page in ALONE else together)
+        return scripts[page], errors[page]
+
+    return error_of
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if page == README or any(python_blocks(page))],
-    ids=lambda page: page.relative_to(ROOT).as_posix(),
+    "page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_python_blocks_run(page, run_python, tmp_path, capsys):
+def test_python_blocks_run(page, errors_of, capsys):
     blocks, skipped = python_blocks(page)
     name = page.relative_to(ROOT).as_posix()
     assert blocks or page != README, f"{name} shows no Python that is run."
-    script = tmp_path / page.with_suffix(".py").name
-    script.write_text(as_script(blocks), encoding="utf-8")
 
-    process = run_python(str(script), cwd=tmp_path, timeout=300)
+    script, error = errors_of(page)
 
-    block, line = failing_block(blocks, script, process.stderr)
-    assert process.returncode == 0, (
+    block, line = failing_block(blocks, script, error)
+    assert not error, (
         f"{name}: the Python block that starts at line {block} failed at line "
         f"{line}.\nMend the block or the code; a block that cannot run takes "
         "`<!-- not run: reason -->` on the line before it.\n\n"
-        f"{process.stdout}{process.stderr}"
+        f"{error}"
     )
     with capsys.disabled():
         print(f"\n{name}: {len(blocks)} Python blocks run", end="")
