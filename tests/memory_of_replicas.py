@@ -1,0 +1,71 @@
+"""The probe under a strategy: laws that `replica_laws.py` has tried, too."""
+
+import comparing
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_batchsize as kb
+from keras_batchsize import exhaustion
+
+
+def replica_values(model):
+    return [
+        np.array(component.numpy())
+        for variable in exhaustion.variables_of(model)
+        for component in exhaustion.components(variable)
+    ]
+
+
+def replicas_are_left_as_they_were(strategy):
+    """Each component of each variable, and training after."""
+
+    def on_two():
+        with strategy.scope():
+            model = keras.Sequential(
+                [
+                    keras.Input((comparing.FEATURES,)),
+                    keras.layers.Dense(6),
+                    keras.layers.BatchNormalization(),
+                    keras.layers.Dropout(0.2),
+                    keras.layers.Dense(1),
+                ]
+            )
+            model.compile("adam", "mse", metrics=["mae"])
+        return model
+
+    data = comparing.regression(64)
+    outcomes = []
+    for probes in (False, True):
+        model = comparing.seeded(on_two)
+        trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+        trainer.fit(*data, batch_size=8, verbose=0)
+        if probes:
+            before = replica_values(model)
+            profile = kb.find_max_batch_size(model, *data, maximum=40)
+            for one, other in zip(before, replica_values(model), strict=True):
+                np.testing.assert_array_equal(one, other)
+            assert profile.replicas == 2 and profile.max_batch_size == 40
+            assert all(row.batch_size % 2 == 0 for row in profile.rows)
+            # A dataset is dealt out to the replicas on another way.
+            dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+            profile = kb.find_max_batch_size(model, dataset, maximum=40)
+            assert profile.max_batch_size == 40
+        history = trainer.fit(*data, batch_size=8, epochs=2, verbose=0)
+        outcomes.append(history.history["loss"])
+    assert outcomes[0] == outcomes[1], outcomes
+
+
+def unbuilt_replicas_are_mirrored(strategy):
+    """Of a model that is not built before it is probed."""
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+    data = comparing.regression(64)
+    profile = kb.find_max_batch_size(model, *data, maximum=40)
+    assert profile.max_batch_size == 40
+    for variable in model.weights:
+        assert isinstance(variable.value, tf.distribute.DistributedValues)
+    kb.AdaptiveTrainer(model, policy="fixed", verbose=0).fit(
+        *data, batch_size=8, verbose=0
+    )
