@@ -697,6 +697,13 @@ AMID_SAVING = {
 }
 
 
+@functools.cache
+def uninterrupted():
+    """Returns the model and the history of a training that was not broken."""
+    model, run = trained_by_callbacks(by_noise, [], None)
+    return model, run().history
+
+
 @pytest.mark.parametrize(
     ("crash", "epoch"),
     [
@@ -710,8 +717,7 @@ AMID_SAVING = {
 def test_a_crash_amid_saving_parts_no_state_from_its_weights(
     crash, epoch, tmp_path, monkeypatch
 ):
-    expected, run = trained_by_callbacks(by_noise, [], None)
-    history = run().history
+    expected, history = uninterrupted()
     folder = tmp_path / "backup"
 
     with monkeypatch.context() as patch:

@@ -803,12 +803,19 @@ FIXED_SIZE = {
 }
 
 
+@functools.cache
+def trained_at_one_size(make):
+    """Returns a model that was trained, one for all that leave it as it is."""
+    model = compiled(make())
+    model.fit(X[:WHOLE], Y[:WHOLE], BASE, verbose=0)
+    return model
+
+
 @pytest.mark.parametrize("make", [of_one_size, stateful, indifferent])
 @pytest.mark.parametrize("name", FIXED_SIZE)
 def test_a_model_of_one_batch_size_gets_no_other(make, name):
     constraint, arguments = FIXED_SIZE[name]
-    model = compiled(make())
-    model.fit(X[:WHOLE], Y[:WHOLE], BASE, verbose=0)
+    model = trained_at_one_size(make)
     before = state_of(model)
 
     with pytest.raises(ValueError, match="Received: ") as caught:
