@@ -657,7 +657,10 @@ def too_large(hp, fitting=0):
     ("kind", "trials", "objective", "penalty", "fit"),
     [
         ("RandomSearch", 1, ("time_to_target", "min"), 40.0, {}),
-        ("Hyperband", None, ("examples_to_target", "min"), 4096.0, {}),
+        pytest.param(
+            *("Hyperband", None, ("examples_to_target", "min"), 4096.0, {}),
+            marks=pytest.mark.slow,
+        ),
         (
             "RandomSearch",
             1,
@@ -667,7 +670,10 @@ def too_large(hp, fitting=0):
         ),
         ("RandomSearch", 1, ("examples_per_second", "max"), 0.0, {}),
         # What an untrained model has is kept from trial to trial.
-        ("RandomSearch", 3, ("val_loss", "min"), None, {}),
+        pytest.param(
+            *("RandomSearch", 3, ("val_loss", "min"), None, {}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_trials_out_of_memory_get_a_finite_objective(

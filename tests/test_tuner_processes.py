@@ -224,6 +224,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.slow
 def test_mirrored_replicas_train_trials_as_one_device_does(tmp_path):
     rows = finish(start(MIRRORED, tmp_path))
     for one, two in zip(rows["one"], rows["two"], strict=True):
@@ -278,6 +279,7 @@ def free_port():
         return str(one.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_chief_and_two_workers_share_a_search(tmp_path):
     address = {
         "KERASTUNER_ORACLE_IP": "127.0.0.1",

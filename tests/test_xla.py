@@ -86,6 +86,7 @@ def test_accumulating_is_one_batch():
     comparing.assert_close(ours, theirs, RTOL)
 
 
+@pytest.mark.slow
 def test_size_changes_equal_those_without_xla_and_compile_once_per_size(graphs):
     sizes = [BASE, SUPERBATCH, 2 * BASE, 2 * SUPERBATCH]
     # A power of two that leaves no ragged superbatch: these have their own.
