@@ -55,23 +55,35 @@ def keras_session():
 def run_python():
     """Runs a fresh interpreter, for tests about a whole process.
 
-    It sees the package that stands beside the tests, wherever it runs.
+    It sees the package that stands beside the tests, wherever it runs. One that
+    takes longer than `timeout` seconds is killed, and what it printed is
+    returned: an exception would let each test that shares it wait again.
     """
 
     def run(*arguments, cwd=None, environment=(), timeout=300):
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=cwd,
-            env={
-                **os.environ,
-                **dict(environment),
-                "PYTHONPATH": os.pathsep.join(path),
-            },
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        try:
+            return subprocess.run(
+                [sys.executable, *arguments],
+                cwd=cwd,
+                env={
+                    **os.environ,
+                    **dict(environment),
+                    "PYTHONPATH": os.pathsep.join(path),
+                },
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as late:
+            # These are bytes, whatever was asked for.
+            out, err = (
+                (one or b"").decode(errors="replace")
+                for one in (late.stdout, late.stderr)
+            )
+            return subprocess.CompletedProcess(
+                late.cmd, None, out, f"{err}\nKilled after {timeout} seconds."
+            )
 
     return run
 

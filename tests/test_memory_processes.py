@@ -89,6 +89,7 @@ def run_workers(folder, environments):
     return [json.loads(one.splitlines()[-1]) for one in printed]
 
 
+@pytest.mark.slow
 def test_two_workers_agree_on_what_the_smaller_one_takes(tmp_path):
     larger = {**LIMIT, "TF_CPU_BFC_MEM_LIMIT_IN_MB": "260"}
     first, second = run_workers(tmp_path, (larger, LIMIT))
@@ -228,6 +229,7 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
     assert seen == ["float64", "channels_first"]
 
 
+@pytest.mark.slow
 def test_a_policy_that_does_not_run_in_a_child_process_says_so():
     kind = _memory_process.ERRORS.index(NotImplementedError)
 

@@ -121,7 +121,7 @@ def errors_of(run_python, tmp_path_factory):
         found = {one["script"]: one["error"] for one in lines}
         for page, name in zip(pages, names):
             error = found.get(name, "Its interpreter ended.")
-            if process.returncode:
+            if process.returncode != 0:
                 error = error or f"The exit code is {process.returncode}."
             errors[page] = error and f"{process.stderr}\n{error}"
 

@@ -162,6 +162,7 @@ def runs(address):
     return ask(address, "runs")
 
 
+@pytest.mark.slow
 def test_both_loaders_tell_what_the_report_does(served):
     address, report, _ = served
 
