@@ -98,9 +98,10 @@ class ReplicatedGradients(GradientAccumulator):
                 examples=tf.cast(total.examples, tf.float32) / self._replicas
             )
         )
-        self._model.optimizer.apply_gradients(
-            list(zip(mean, self._model.trainable_weights))
-        )
+        if mean:  # A model may be frozen as a whole.
+            self._model.optimizer.apply_gradients(
+                list(zip(mean, self._model.trainable_weights))
+            )
         return norms
 
     def _norms(self, total, mean):

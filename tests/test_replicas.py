@@ -9,6 +9,7 @@ import pathlib
 import types
 
 import comparing
+import numpy as np
 import pytest
 import replica_laws
 import tensorflow as tf
@@ -66,6 +67,22 @@ def test_xla_under_a_strategy_is_said_to_have_no_effect():
         comparing.adaptive(
             under_a_strategy, *comparing.regression(), policy="fixed"
         )
+
+
+def test_a_model_frozen_as_a_whole_is_left_as_it_is_under_a_strategy():
+    def frozen():
+        with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
+            model = comparing.compiled(comparing.dense)()
+        model.trainable = False
+        return model
+
+    trained = comparing.adaptive(
+        frozen, *comparing.regression(), policy="fixed"
+    )
+    assert len(trained.history["loss"]) == 2
+    untrained = comparing.seeded(frozen)
+    for one, two in zip(trained.model.weights, untrained.weights):
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize(
