@@ -114,7 +114,8 @@ class Workers:
             return
         own = json.dumps(description)
         others = [json.loads(text) for text in self._told(own)]
-        for name, expected in others[0].items():
+        for name in dict.fromkeys(name for one in others for name in one):
+            expected = others[0].get(name)
             for index, other in enumerate(others):
                 if other.get(name) != expected:
                     raise ValueError(
@@ -165,7 +166,7 @@ class Workers:
 
 def _difference(name, first, second, index):
     """Shows two texts where they begin to differ."""
-    second = str(second)
+    first, second = str(first), str(second)
     start = len(os.path.commonprefix([first, second]))
     start = max(start - _SHOWN // 2, 0)
     first, second = (
@@ -255,6 +256,8 @@ def check_tf_config(environment=None):
     task = config.get("task") if isinstance(config, dict) else None
     if not isinstance(cluster, dict) or not isinstance(task, dict):
         _refuse('it needs a "cluster" and a "task"', text)
+    if not all(isinstance(one, list) for one in cluster.values()):
+        _refuse('each job of a "cluster" is a list of addresses', text)
     if set(cluster) - {"chief", "worker"} or not _tasks_of(cluster):
         _refuse('the jobs of a cluster are "worker", and perhaps "chief"', text)
     addresses = [one for job in cluster.values() for one in job]
@@ -264,7 +267,7 @@ def check_tf_config(environment=None):
     if len(set(addresses)) < len(addresses):
         _refuse("two workers have the same address", text)
     job, index = task.get("type"), task.get("index")
-    if job not in cluster:
+    if job not in [*cluster]:
         _refuse(f'the job of its "task", {job!r}, is not in the cluster', text)
     is_number = isinstance(index, int) or str(index).isdecimal()
     if not is_number or not 0 <= int(index) < len(cluster[job]):

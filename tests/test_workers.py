@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorflow as tf
@@ -160,12 +161,18 @@ ADDRESSES = ["a:1111", "b:2222"]
         ("[]", 'needs a "cluster" and a "task"'),
         (config(["a:1111", "a:1111"], 0), "the same address"),
         (config(["a", "b:2222"], 0), "not 'a'"),
+        (config(5, 0), "a list of addresses"),
+        (config("a:1111", 0), "a list of addresses"),
         (config(ADDRESSES, 2), '"index" of its "task" is 2, of 2 workers'),
         (config(ADDRESSES, "2"), "is '2', of 2 workers"),
         (config(ADDRESSES, -1), "is -1, of 2 workers"),
         (config(ADDRESSES, None), "is None, of 2 workers"),
         (config(ADDRESSES, 0.5), "is 0.5, of 2 workers"),
         (config(ADDRESSES, 0, job="ps"), "'ps', is not in the cluster"),
+        (
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": []}}',
+            "[], is not in the cluster",
+        ),
         (
             '{"cluster": {"ps": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
             'the jobs of a cluster are "worker"',
@@ -294,6 +301,37 @@ def test_the_resolver_of_slurm_needs_gpus(monkeypatch):
     told = resolver(gpus_per_node=1)
     tasks = workers._tasks_of(told.cluster_spec().as_dict())
     assert tasks[1] == (told.task_type, told.task_id) == ("worker", 1)
+
+
+def told(monkeypatch, *descriptions):
+    """Lets workers of such descriptions compare what they are about to do."""
+    strategy = types.SimpleNamespace(
+        extended=types.SimpleNamespace(worker_devices=["/cpu:0"]),
+        num_replicas_in_sync=len(descriptions),
+    )
+    monkeypatch.setattr(
+        workers.Workers,
+        "_told",
+        lambda self, text: [json.dumps(one) for one in descriptions],
+    )
+    workers.Workers(strategy).check_alike(descriptions[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "received"),
+    [
+        ({"a": "1"}, {"a": "2"}, "a=1 on worker 0, a=2 on worker 1"),
+        # A dataset that is shuffled tells more of itself.
+        ({}, {"seeds": [7]}, r"seeds=None on .*seeds=\[7\] on worker 1"),
+        ({"seeds": [7]}, {}, r"seeds=\[7\] on .*seeds=None on worker 1"),
+    ],
+)
+def test_what_any_worker_has_more_than_another_is_named(
+    first, second, received, monkeypatch
+):
+    told(monkeypatch, first, first)
+    with pytest.raises(ValueError, match=f"Received: {received}"):
+        told(monkeypatch, first, second)
 
 
 class Alone:
