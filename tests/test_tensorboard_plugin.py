@@ -183,6 +183,42 @@ def test_losses_of_another_training_in_the_folder_are_left_out(
     assert second["loss"][0] == [len(X), 2 * len(X), 3 * len(X)]
 
 
+def write_events(folder, *timed):
+    writer = event_file_writer.EventFileWriter(str(folder))
+    for step, wall_time, value in timed:
+        writer.add_event(events.event(step, wall_time, [value]))
+    writer.close()
+
+
+@pytest.mark.parametrize("siblings", [0, 2])
+def test_losses_after_a_training_that_was_killed_are_left_out(
+    siblings, tmp_path
+):
+    # Begun at 10, 110 and 210 seconds; none of them said that it has ended.
+    for index in range(1 + siblings):
+        began = 10.0 + 100 * index
+        name = f"batch_size_{index + 1}" if index else "batch_size"
+        info = events.data(tags.INFO, {"began": began, "first_step": 1})
+        size = events.scalar("batch_size/global", 8.0)
+        point = 70, began + 1.0, size
+        write_events(tmp_path / name, (1, began, info), point)
+    # An epoch of each, with losses that tell which.
+    losses = [
+        (step, 12.0 + 100 * step, events.scalar("epoch_loss", float(step)))
+        for step in range(3)
+    ]
+    write_events(tmp_path / "train", *losses)
+
+    client = client_for(tmp_path)
+
+    runs = [one["run"] for one in ask(client, "runs")]
+    shown = [ask(client, "run", name=one)["loss"] for one in runs]
+    if siblings:
+        assert shown == [[[70], [0.0]], [[70], [1.0]], [[70], [2.0]]]
+    else:
+        assert shown == [[[70], [2.0]]]
+
+
 def test_a_run_that_is_not_ours_is_not_found(trained):
     client, *_ = trained
 

@@ -100,8 +100,7 @@ class Reader:
         }
         read = self._scalars(list(runs), [_LOSS_TAG])
         times = [datum.wall_time for datum in anchor]
-        # Later ones belong to another training in the same folder.
-        end = infos[-1].wall_time if _is_closed(infos) else math.inf
+        end = self._end(name, infos)
         result = {}
         for run, key in runs.items():
             points = {}
@@ -112,6 +111,31 @@ class Reader:
             if points:
                 result[key] = [list(points), list(points.values())]
         return result
+
+    def _end(self, name, infos):
+        """Returns when another training may have begun in the same folder.
+
+        One that was killed did not say that it has ended. Then the next one
+        there tells.
+        """
+        if _is_closed(infos):
+            return infos[-1].wall_time
+        folder = posixpath.dirname(name)
+        siblings = [
+            run
+            for run in self._ours()
+            if run != name and posixpath.dirname(run) == folder
+        ]
+        if not siblings:
+            return math.inf
+        began = max((time for time, _ in _beginnings(infos)), default=0.0)
+        later = [
+            time
+            for tensors in self._tensors(siblings, [tags.INFO], 10).values()
+            for time, _ in _beginnings(tensors.get(tags.INFO, []))
+            if time > began
+        ]
+        return min(later, default=math.inf)
 
     def _ours(self):
         return self._provider.list_tensors(
@@ -180,6 +204,15 @@ def _is_closed(infos):
     return _latest(infos).get("closed") is True
 
 
+def _beginnings(data):
+    """Returns when a training began, or went on, and at which step."""
+    return {
+        (info["began"], info["first_step"])
+        for info in map(_parsed, data)
+        if _are_numbers(info.get("began"), info.get("first_step"))
+    }
+
+
 def _are_numbers(*values):
     return all(isinstance(value, (int, float)) for value in values)
 
@@ -191,12 +224,7 @@ def _changes(tensors):
     forgets what was there only where the same tag is written again; a change
     that did not happen again is known by being older than the resumption.
     """
-    infos = [_parsed(datum) for datum in tensors.get(tags.INFO, [])]
-    began = {
-        (info["began"], info["first_step"])
-        for info in infos
-        if _are_numbers(info.get("began"), info.get("first_step"))
-    }
+    began = _beginnings(tensors.get(tags.INFO, []))
     prefix = tags.CHANGE.format("")
     changes = []
     for tag, data in tensors.items():
