@@ -72,7 +72,7 @@ def enough_examples(number, received):
 
 def known(name, value, choices, why):
     """Returns `value`, or raises with the list of known names."""
-    if value not in choices:
+    if value not in [*choices]:
         listed = ", ".join(f'"{choice}"' for choice in sorted(choices))
         raise ValueError(
             f"`{name}` must be one of {listed}: {why}. "

@@ -4,6 +4,7 @@ Nothing here needs KerasTuner: hyperparameters are asked for on the `hp` that
 it hands over.
 """
 
+import collections.abc
 import dataclasses
 
 from keras_batchsize import _checks
@@ -94,10 +95,7 @@ class BatchSizeSpace:
         reference_batch_size=256,
         policy_arguments=None,
     ):
-        self.initial = tuple(
-            _checked_size("initial", size)
-            for size in _pair("initial", initial, (16, 512))
-        )
+        self.initial = _pair("initial", initial, (16, 512), _checked_size)
         self.max_batch_size = _checked_maximum(max_batch_size, self.initial[1])
         self.policies = _checked_policies(policies)
         self.learning_rate_rules = _checked_rules(learning_rate_rules)
@@ -182,11 +180,9 @@ def hp_batch_size(
     Returns:
         Integer, in examples.
     """
-    bounds = (
-        _checked_size("min_value", min_value),
-        _checked_size("max_value", max_value),
-    )
-    low, high = _pair("min_value, max_value", bounds, (16, 512))
+    low = _checked_size("min_value", min_value)
+    high = _checked_size("max_value", max_value)
+    _pair("min_value, max_value", (low, high), (16, 512), _checked_size)
     largest = largest_on_ladder(low, high)
     # A choice and not an `hp.Int` with sampling="log": the same for every
     # tuner, but the domain that TensorBoard is told of is right.
@@ -267,14 +263,14 @@ def _choice(hp, name, values, default=None):
     return hp.Choice(name, values, default=default)
 
 
-def _pair(name, value, example):
+def _pair(name, value, example, checked):
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(
             f"`{name}` must be a pair, the smallest and the largest value: it "
             f"is a range to search. Received: {name}={value!r}. Use "
             f"{name}={example}."
         )
-    low, high = value
+    low, high = (checked(name, one) for one in value)
     if low > high:
         raise ValueError(
             f"`{name}` must begin with the smaller value: nothing lies "
@@ -290,18 +286,13 @@ def _checked_size(name, size):
     )
 
 
+def _checked_rate(name, rate):
+    why = "it is searched on a logarithmic scale"
+    return _checks.real(name, rate, 1e-12, 1e6, why, "Use 1e-3 and 1.0.")
+
+
 def _rates(name, value):
-    low, high = _pair(name, value, (1e-3, 1.0))
-    for rate in (low, high):
-        _checks.real(
-            name,
-            rate,
-            1e-12,
-            1e6,
-            "rates are searched on a logarithmic scale",
-            "Use 1e-3 and 1.0.",
-        )
-    return float(low), float(high)
+    return _pair(name, value, (1e-3, 1.0), _checked_rate)
 
 
 def _checked_maximum(maximum, initial):
@@ -324,7 +315,8 @@ def _checked_maximum(maximum, initial):
 
 
 def _names(name, value, example):
-    if isinstance(value, str) or not value:
+    is_list = isinstance(value, collections.abc.Iterable)
+    if not is_list or isinstance(value, str) or not value:
         raise TypeError(
             f"`{name}` must be a list of names with at least one: the search "
             f"chooses among them. Received: {name}={value!r}. Use "
@@ -340,13 +332,19 @@ def _checked_policies(names):
             raise TypeError(
                 "`policies` of a search space must be names: KerasTuner "
                 "stores what it chooses among as text. Received: "
-                f"policies=[{name!r}, ...]. Use its name, and "
-                "`policy_arguments` for the arguments to search."
+                f"policies=[{name!r}, ...]. {_instead_of(name)}"
             )
         _checks.known(
             "policies", name, policies.POLICIES, "each decides the batch size"
         )
     return names
+
+
+def _instead_of(policy):
+    for name, kind in policies.POLICIES.items():
+        if kind is type(policy):
+            return f'Use policies=["{name}"], and `policy_arguments` for more.'
+    return "It has no name. Use it with kb.AdaptiveTrainer."
 
 
 def _checked_rules(names):
@@ -372,6 +370,14 @@ def _checked_reference(size):
 
 def _checked_arguments(arguments):
     """Checks that each policy takes both ends of each range."""
+    if not isinstance(arguments, dict) or not all(
+        isinstance(ranges, dict) for ranges in arguments.values()
+    ):
+        raise TypeError(
+            "`policy_arguments` must be a dict of dicts: a policy may have "
+            f"several arguments. Received: policy_arguments={arguments!r}. Use "
+            'policy_arguments={"noise_scale": {"factor": (0.25, 4.0)}}.'
+        )
     for policy, ranges in arguments.items():
         _checks.known(
             "policy_arguments",

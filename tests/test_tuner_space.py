@@ -176,6 +176,7 @@ def test_a_schedule_or_function_is_not_replaced_by_a_number(rate, scales_loss):
         ({"initial": 32}, TypeError, "Use initial=(16, 512)"),
         ({"initial": (512, 16)}, ValueError, "Use initial=(16, 512)"),
         ({"initial": (0, 16)}, ValueError, "Received: initial=0"),
+        ({"initial": ("16", 512)}, TypeError, "Received: initial='16'"),
         ({"max_batch_size": 256}, ValueError, "Use max_batch_size=512"),
         ({"max_batch_size": 1e3}, TypeError, "max_batch_size=1000.0"),
         ({"policies": "goodput"}, TypeError, "Received: policies='goodput'"),
@@ -187,16 +188,40 @@ def test_a_schedule_or_function_is_not_replaced_by_a_number(rate, scales_loss):
             "Received: policies=[NoiseScale(factor=1.0), ...]",
         ),
         (
+            {"policies": [kb.policies.NormTest()]},
+            TypeError,
+            'Use policies=["norm_test"]',
+        ),
+        (
+            {"policies": [kb.policies.BatchSizeSchedule({0: 8})]},
+            TypeError,
+            "It has no name. Use it with kb.AdaptiveTrainer.",
+        ),
+        ({"policies": 5}, TypeError, "Received: policies=5"),
+        ({"policies": [["fixed"]]}, ValueError, "policies=['fixed']"),
+        (
             {"learning_rate_rules": ["cubic"]},
             ValueError,
             "learning_rate_rules='cubic'",
         ),
         ({"learning_rate": (0.0, 1.0)}, ValueError, "learning_rate=0.0"),
         ({"learning_rate": 0.1}, TypeError, "Received: learning_rate=0.1"),
+        ({"learning_rate": ("1e-3", 1.0)}, TypeError, "learning_rate='1e-3'"),
         (
             {"reference_batch_size": 0},
             ValueError,
             "Received: reference_batch_size=0",
+        ),
+        (
+            {"policy_arguments": {"noise_scale": (0.25, 4)}},
+            TypeError,
+            "Received: policy_arguments={'noise_scale': (0.25, 4)}",
+        ),
+        ({"policy_arguments": "factor"}, TypeError, "must be a dict of dicts"),
+        (
+            {"policy_arguments": {"noise_scale": {"factor": ("1", 2)}}},
+            TypeError,
+            "noise_scale: factor='1'",
         ),
         (
             {"policy_arguments": {"noise_scale": {"scale": (1, 2)}}},
