@@ -24,6 +24,8 @@ def put_in_order(model):
 def settings_of(function):
     """Returns the settings of a training as a dict of JSON values."""
     controller = function.controller
+    counts = function.tally.of(controller)
+    elapsed = counts["measuring.elapsed"]
     return {
         "policy": repr(controller.policy),
         "learning_rate_scaling": scaling.name_of(function.rule),
@@ -31,5 +33,7 @@ def settings_of(function):
         "superbatch_size": controller.superbatch_size,
         "min_batch_size": controller.ladder.sizes[0],
         "max_batch_size": controller.ladder.sizes[-1],
-        "measuring_share": controller.measuring.share,
+        "measuring_share": (
+            counts["measuring.spent"] / elapsed if elapsed else 0.0
+        ),
     }

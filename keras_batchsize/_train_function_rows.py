@@ -1,12 +1,20 @@
 """What a `fit` reports of itself: totals, a row per superbatch, changes."""
 
 import math
+from operator import attrgetter
 
 from keras_batchsize.report import Change
 from keras_batchsize.report import Row
 
 # What the controller counts on and on, through all fits of a trainer.
-_COUNTS = ("examples", "updates", "base_steps", "skipped_measurements")
+_COUNTS = (
+    "examples",
+    "updates",
+    "base_steps",
+    "skipped_measurements",
+    "measuring.elapsed",
+    "measuring.spent",
+)
 
 
 class Tally:
@@ -24,6 +32,10 @@ class Tally:
         seconds_before: Those of the earlier fits whose run in TensorBoard it
             goes on with.
         epoch: The epoch it began with, counted from zero.
+        keeps: Dict from names to functions that return what callbacks want to
+            have again when the training is resumed, as plain JSON types.
+        kept: Dict from those names to what they returned, for the callbacks
+            to take out at the first superbatch.
     """
 
     def __init__(self):
@@ -32,6 +44,7 @@ class Tally:
         self.traced_examples = 0
         self.seconds_before = 0.0
         self.epoch = 0
+        self.keeps, self.kept = {}, {}
         self._before = dict.fromkeys(_COUNTS, 0)
 
     def begin(self, controller, epoch):
@@ -42,7 +55,7 @@ class Tally:
             epoch: The first epoch, counted from zero.
         """
         self.epoch = epoch
-        self._before = {name: getattr(controller, name) for name in _COUNTS}
+        self._before = {name: attrgetter(name)(controller) for name in _COUNTS}
 
     def add(self, measurement):
         """Adds the time of a superbatch.
@@ -57,13 +70,13 @@ class Tally:
         self.seconds += measurement.seconds
 
     def of(self, controller):
-        """Returns the counts of this `fit`, a dict of integers.
+        """Returns the counts of this `fit`, a dict of numbers.
 
         Args:
             controller: The `Controller`.
         """
         return {
-            name: getattr(controller, name) - before
+            name: attrgetter(name)(controller) - before
             for name, before in self._before.items()
         }
 
@@ -76,6 +89,7 @@ class Tally:
             "seconds_before": self.seconds_before,
             "epoch": self.epoch,
             "before": self._before,
+            "kept": {name: state() for name, state in self.keeps.items()},
         }
 
     def set_state(self, state):
@@ -91,6 +105,7 @@ class Tally:
         self.seconds_before = state.get("seconds_before", 0.0)
         self.epoch = state.get("epoch", 0)
         self._before |= state.get("before", {})
+        self.kept = dict(state.get("kept", {}))
 
 
 def row_of(function, measurement):

@@ -191,6 +191,16 @@ class MeasuringSchedule:
             self._spent += cost
 
     @property
+    def elapsed(self):
+        """Seconds of training so far."""
+        return self._elapsed
+
+    @property
+    def spent(self):
+        """Seconds of them that measuring took, the first few apart."""
+        return self._spent
+
+    @property
     def share(self):
         """Share of the training time that measuring took so far."""
         return self._spent / self._elapsed if self._elapsed else 0.0

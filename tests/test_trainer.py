@@ -2,7 +2,9 @@
 
 import gc
 import inspect
+import json
 import time
+import types
 
 import comparing
 import keras
@@ -15,8 +17,11 @@ from comparing import dense
 from comparing import regression
 
 import keras_batchsize as kb
+from keras_batchsize import scaling
+from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._train_function_rows import Tally
 from keras_batchsize.controller import Controller
+from keras_batchsize.plan import Ladder
 from keras_batchsize.records import Measurement
 
 # Keras says so of any data that do not tell their length.
@@ -487,6 +492,43 @@ def test_of_what_traces_a_fixed_batch_pays_for_its_own():
     untraced.add(Measurement(64, 2, seconds=1.0))
     untraced.add(traced(4.0))
     assert (untraced.tracing_seconds, untraced.traced_examples) == (0.0, 0)
+
+
+def test_the_share_of_measuring_is_that_of_its_fit():
+    controller = Controller(
+        kb.policies.Measure(), Ladder(BASE, BASE, BASE), SUPERBATCH
+    )
+
+    def measured(count, cost):
+        for _ in range(count):
+            controller.measuring.book(0, 1.0, cost, SUPERBATCH)
+
+    def share_of(tally):
+        return settings_of(
+            types.SimpleNamespace(
+                controller=controller, tally=tally, rule=scaling.none
+            )
+        )["measuring_share"]
+
+    # An earlier fit: the first six are not charged.
+    measured(10, cost=0.5)
+    tally = Tally()
+    tally.begin(controller, 0)
+    assert share_of(tally) == 0.0
+    measured(1, cost=0.25)
+    measured(4, cost=None)
+    assert share_of(tally) == 0.25 / 5
+
+    state = json.loads(json.dumps(tally.get_state()))
+    resumed = Tally()
+    resumed.set_state(state)
+    assert share_of(resumed) == 0.25 / 5
+    # A backup of an earlier version did not part the fits.
+    for name in ("measuring.elapsed", "measuring.spent"):
+        del state["before"][name]
+    resumed = Tally()
+    resumed.set_state(state)
+    assert share_of(resumed) == (4 * 0.5 + 0.25) / 15
 
 
 class Interrupt(keras.callbacks.Callback):
