@@ -6,6 +6,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_batchsize import keras_private
 from keras_batchsize._callbacks_base import put_in_order
 from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._train_function_timing import number
@@ -28,17 +29,29 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     def on_train_begin(self, logs=None):
         """Loads the weights, and the state for the first epoch."""
         put_in_order(self.model)  # Its momentum, before that is loaded.
+        keras_private.forget_resumption(self.model)
         super().on_train_begin(logs)
         self._state = self._state_of_weights()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Hands the state over, once every callback has begun."""
         super().on_epoch_begin(epoch, logs)
+        # `fit` has read where to start. Now, as it may end in an exception.
+        keras_private.forget_resumption(self.model)
+        self._hand_over()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Hands it to a train function that a later callback has made."""
+        super().on_train_batch_begin(batch, logs)
+        self._hand_over()
+
+    def _hand_over(self):
         function = train_function_of(self.model)
-        if function is not None:
-            function.backup_dir = str(self.backup_dir)
-            if self._state is not None:
-                function.set_state(self._state)
+        if function is None:
+            return
+        function.backup_dir = str(self.backup_dir)
+        if self._state is not None:
+            function.set_state(self._state)
         self._state = None
 
     def on_epoch_end(self, epoch, logs=None):
@@ -99,6 +112,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs=None):
         """Removes the folder, unless it is to be kept."""
+        # Where no epoch was left to train.
+        keras_private.forget_resumption(self.model)
         if self._is_chief():
             super().on_train_end(logs)
 

@@ -113,6 +113,8 @@ class LearningRateScaling(keras.callbacks.Callback):
             steps=self.params.get("steps"),
             epochs=self.params.get("epochs", 1),
         )
+        # For a backup that is called before us.
+        function.on_epoch_end = lambda epoch, logs: function.rest()
         function.install()
         return function
 

@@ -296,6 +296,18 @@ def build_symbolically(model, data):
         model._symbolic_build(data_batch=data)
 
 
+def forget_resumption(model):
+    """Lets the next `fit` start at its own `initial_epoch`.
+
+    Keras notes in the model at which epoch to go on, and never forgets it
+    (backup_and_restore.py).
+
+    Args:
+        model: A Keras model.
+    """
+    model._initial_epoch = None
+
+
 def tell_workers(key, text):
     """Puts a text where the other workers of a cluster can read it."""
     context.context().set_config_key_value(key, text)

@@ -493,6 +493,48 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("backup_first", [True, False])
+def test_a_static_scaling_resumes_wherever_the_backup_stands(
+    backup_first, tmp_path
+):
+    def run(*others):
+        # Still warming up where it resumes.
+        ours = [kb.LearningRateScaling("linear", BASE, SUPERBATCH, 4)]
+        if others:
+            backup = kb.BackupAndRestore(tmp_path / "backup")
+            ours.insert(0 if backup_first else 1, backup)
+        model = comparing.seeded(decaying)
+        return fit([*ours, *others], model, epochs=EPOCHS)
+
+    expected, history = run()
+    for interrupt in (Interrupts(1), Interrupts(3, batch=1)):
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupt)
+    resumed, rest = run(keras.callbacks.Callback())
+
+    assert_equal(resumed, expected)
+    assert rest["loss"] == history["loss"][3:]
+
+
+@pytest.mark.parametrize("ends", [[], [Interrupts(1)], [Interrupts(1, 0)]])
+def test_a_fit_after_a_resumed_one_starts_at_its_own_epoch(ends, tmp_path):
+    def run(*callbacks):
+        return fit([kb.BackupAndRestore(tmp_path / "one"), *callbacks], model)
+
+    model = comparing.seeded(regressor)
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupts(0))
+    if ends:
+        with pytest.raises(KeyboardInterrupt):
+            run(*ends)
+    else:
+        assert len(run()[1]["loss"]) == 2
+
+    # With and without a folder, of which none has a backup for it.
+    for callbacks in ([], [kb.BackupAndRestore(tmp_path / "other")]):
+        assert len(fit(callbacks, model, epochs=2)[1]["loss"]) == 2
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_a_warm_up_that_is_over_is_over_in_the_next_fit():
     def unknown():

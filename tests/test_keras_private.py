@@ -68,6 +68,7 @@ ATTRIBUTES = {
     "_drop_remainder": "in_order",
     "_expected_cardinality": "in_order",
     "_func": "in_order",
+    "_initial_epoch": "forget_resumption",
     "_input_dataset": "batch_size_of and in_order",
     "_flatten_layers": "flatten_layers",
     "_inputs": "makes_batches, is_fed_by_python and tensors_of",
@@ -318,6 +319,15 @@ def test_training_step_is_made_of_the_names_that_replace_it():
     assert float(tracker.result()) == float(loss), message
     # Each of the four examples counts.
     assert float(tracker.count) == 4.0, message
+
+
+def test_a_model_remembers_at_which_epoch_to_go_on():
+    model = compiled(dense)()
+    message = changed("Model._initial_epoch", user("_initial_epoch"))
+    assert model._initial_epoch is None, message
+    model._initial_epoch = 2
+    x, y = comparing.regression(8)
+    assert model.fit(x, y, epochs=3, verbose=0).epoch == [2], message
 
 
 def test_compile_makes_a_new_object_each_time():
