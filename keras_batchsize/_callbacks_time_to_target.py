@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 
 import keras
 
@@ -116,13 +117,18 @@ class TimeToTarget(keras.callbacks.Callback):
       "min")`.
     - `examples_to_target`: the same in examples, with `budget_examples`. Only
       where the batch size is decided by an `AdaptiveTrainer` or a
-      `DynamicBatchSize`, which count them; so for `examples_seen`.
+      `DynamicBatchSize`, which count them; so for `examples_seen`. Not where
+      data that do not tell their length are left within the first epoch.
     - `training_seconds` and `tracing_seconds`, both so far.
 
     ```python
     model.fit(x, y, validation_data=(x_val, y_val), epochs=50, callbacks=[
         kb.TimeToTarget("val_accuracy", target=0.97, budget=120)])
     ```
+
+    Where examples are counted, a training that a `kb.BackupAndRestore` later
+    in the list resumes goes on with what it had of time, examples and best
+    value; after a plain `fit` the clock starts anew.
 
     Args:
         monitor: Key of the epoch logs to watch.
@@ -169,6 +175,7 @@ class TimeToTarget(keras.callbacks.Callback):
         self._reached = None
         self._epoch_examples = self.epoch_examples
         self._steps = 0
+        self._is_logged, self._logged = False, []
 
     @property
     def reached(self):
@@ -181,6 +188,7 @@ class TimeToTarget(keras.callbacks.Callback):
             "clock": self._clock.get_state(),
             "best": self._best,
             "reached": self._reached,
+            "epoch_examples": self._epoch_examples,
         }
 
     def set_state(self, state):
@@ -194,21 +202,35 @@ class TimeToTarget(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Starts anew, or from the state given."""
         self._restart()
-        if self._state is not None:
-            self._clock.set_state(self._state["clock"])
-            self._best = self._state["best"]
-            self._reached = self._state["reached"]
+        self._go_on_from(self._state)
         self._state = None
+
+    def _go_on_from(self, state):
+        if state is not None:
+            self._clock.set_state(state["clock"])
+            self._best = state["best"]
+            self._reached = state["reached"]
+            length = state.get("epoch_examples", 0)
+            self._epoch_examples = max(self._epoch_examples, length)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Attaches itself, once the train function is in place."""
         function = train_function_of(self.model)
         if function is None:
             self._check_counted()
         elif self._book_superbatch not in function.on_superbatch:
             # Keras calls back once for several with `steps_per_execution`.
             function.on_superbatch.append(self._book_superbatch)
-        self._started = time.perf_counter()
+            function.tally.keeps[self._name] = self.get_state
+
+    @property
+    def _name(self):
+        """Under which a backup has its state: there may be two."""
+        return f"TimeToTarget {self.monitor} {self.target}"
 
     def on_train_batch_end(self, batch, logs=None):
         """Ends training where the budget is spent."""
@@ -221,8 +243,9 @@ class TimeToTarget(keras.callbacks.Callback):
 
     def _book_superbatch(self, row):
         """Books a superbatch when it has been trained on."""
-        last = train_function_of(self.model).controller.last
-        seconds = self._lap()
+        function = train_function_of(self.model)
+        self._go_on_from(function.tally.kept.pop(self._name, None))
+        last, seconds = function.controller.last, self._lap()
         if replicas.count(self.model) > 1:
             # Several workers have agreed on it, and must stop alike.
             seconds = last.seconds
@@ -255,20 +278,35 @@ class TimeToTarget(keras.callbacks.Callback):
         )
         if function is not None:
             self._note_epoch(function)
-            logs["examples_to_target"] = arrival.get(
-                "examples", self.examples_limit * (1.0 + self._gap())
-            )
+            limit = self.examples_limit
+            if arrival or limit:
+                logs["examples_to_target"] = arrival.get(
+                    "examples", limit * (1.0 + self._gap())
+                )
             logs["examples_seen"] = float(self._clock.examples)
         logs["training_seconds"] = self._clock.seconds
         logs["tracing_seconds"] = self._clock.tracing_seconds
         if self.reached:
             self.model.stop_training = True
 
+    def on_train_end(self, logs=None):
+        """Warns where there was nothing to watch."""
+        if self._logged and not self._is_logged:
+            warnings.warn(
+                f"`TimeToTarget` conditioned on metric `{self.monitor}` which "
+                "was not available in any epoch, so that the target was not "
+                f"reached. Available metrics are: {', '.join(self._logged)}. "
+                "Pass `validation_data` to `fit`, or watch one of these.",
+                stacklevel=2,
+            )
+
     def _look(self, logs):
         """Takes in the value of this epoch."""
+        self._logged = sorted(logs)
         if self.monitor not in logs:
             self._check_monitor(logs)
             return
+        self._is_logged = True
         value = float(logs[self.monitor])
         if math.isfinite(value) and (
             self._best is None or self._is_as_good(value, self._best)
@@ -317,7 +355,9 @@ class TimeToTarget(keras.callbacks.Callback):
         """Learns the length of an epoch from one that was not cut short."""
         steps = self.params.get("steps")
         length = function.epoch_examples
-        if self.model.stop_training and steps is not None:
+        if self.model.stop_training and steps is None:
+            return
+        if self.model.stop_training:
             length = steps * function.controller.superbatch_size
             if self._epoch_examples:
                 length = self._epoch_examples
@@ -330,4 +370,9 @@ class TimeToTarget(keras.callbacks.Callback):
             return self.budget_examples
         # Keras sets `params` when training begins.
         epochs = self.budget_epochs or (self.params or {}).get("epochs", 1)
-        return epochs * (self._epoch_examples or self.epoch_examples)
+        known = self._epoch_examples or self.epoch_examples
+        return epochs * (known or self._unknown_length(self._clock.examples))
+
+    def _unknown_length(self, seen):
+        """What to take for the examples of an epoch of which some were seen."""
+        return 0

@@ -10,6 +10,17 @@ TIME = "time_to_target"
 EXAMPLES = "examples_to_target"
 
 
+class _OfATrial(TimeToTarget):
+    """The callback, in a trial: an objective must be there, if it can."""
+
+    def on_train_end(self, logs=None):
+        """Leaves the monitor to the trial, which may train in parts."""
+
+    def _unknown_length(self, seen):
+        """As much as was seen, where a first epoch was cut short."""
+        return seen
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A value of a metric to reach, and what may be spent on the way.
@@ -19,7 +30,8 @@ class Target:
         value: Value to reach.
         budget_seconds: Seconds of training after which a trial gives up.
         budget_examples: Examples after which it gives up. None for the epochs
-            of the search, with Hyperband its `max_epochs`.
+            of the search, with Hyperband its `max_epochs`; those of all parts
+            so far where the wrapped `fit` trains in several.
         mode: "min", "max", or "auto" to tell from the name.
 
     Raises:
@@ -41,7 +53,7 @@ class Target:
 
     def make_callback(self):
         """Returns a new `TimeToTarget`."""
-        return TimeToTarget(
+        return _OfATrial(
             self.monitor,
             self.value,
             self.budget_seconds,

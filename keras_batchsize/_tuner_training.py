@@ -51,7 +51,7 @@ class TrialTraining:
             self._target.set_state(self._past["target"])
         self._trainer = None
         self._arguments = {}
-        self._epoch_examples = 0
+        self._epochs = self._epoch_examples = 0
         self._names = LoggedNames()
         self._base = setting.initial
 
@@ -123,8 +123,10 @@ class TrialTraining:
         if self._target is not None:
             self._target.epoch_examples = self._epoch_examples
             # Known here also where training does not even begin.
-            planned = self.files.planned_epochs
-            self._target.budget_epochs = planned or arguments.get("epochs", 1)
+            self._epochs += self.files.planned_epochs or self._epochs_of(
+                arguments
+            )
+            self._target.budget_epochs = self._epochs
         trainer, base = self._trainer_for(model, arguments)
         callbacks = keras.tree.flatten(arguments.pop("callbacks", None) or [])
         ours = [one for one in (self._target,) if one is not None]
@@ -147,6 +149,11 @@ class TrialTraining:
                 # Where the wrapped `fit` trains in several parts.
                 self._target.set_state(self._target.get_state())
             self.files.write_report(trainer.report)
+
+    def _epochs_of(self, arguments):
+        """Epochs that a part adds; the first may go on from a past trial."""
+        begun = arguments.get("initial_epoch", 0) if self._epochs else 0
+        return max(arguments.get("epochs", 1) - begun, 0)
 
     def _trainer_for(self, model, arguments):
         """Returns the trainer of a model, and its base batch size."""

@@ -8,11 +8,13 @@ import types
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_batchsize as kb
 from keras_batchsize import _callbacks_time_to_target
 from keras_batchsize import records
 from keras_batchsize._callbacks_time_to_target import TrainingClock
+from keras_batchsize._train_function_rows import Tally
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(256, 4)).astype("float32")
@@ -203,6 +205,7 @@ def test_workers_stop_by_the_time_that_they_agree_on(monkeypatch):
     last = records.Measurement(64, 8, seconds=0.25)
     function = types.SimpleNamespace(
         controller=types.SimpleNamespace(last=last),
+        tally=Tally(),
         on_superbatch=records.Listeners(),
     )
     monkeypatch.setattr(
@@ -211,9 +214,59 @@ def test_workers_stop_by_the_time_that_they_agree_on(monkeypatch):
     callback.on_train_begin()
     for epoch in range(2):
         callback.on_epoch_begin(epoch)
+        callback.on_train_batch_begin(0)
         function.on_superbatch("a row")
         callback.on_train_batch_end(0)
     assert callback.get_state()["clock"]["steady"] == [0.5, 128]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_epoch_counts_where_a_rate_is_scaled_statically(
+    first, monkeypatch
+):
+    # Its train function is there when all callbacks have begun the epoch.
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+    ours = [callback, kb.LearningRateScaling("linear", 8, 64)]
+
+    history = regressor().fit(
+        X,
+        Y,
+        batch_size=64,
+        epochs=2,
+        verbose=0,
+        callbacks=[Told(val_accuracy=[0.95]), *ours[:: 1 if first else -1]],
+    ).history
+
+    assert history["examples_to_target"] == [256.0]
+    assert history["time_to_target"] == history["training_seconds"] == [4.0]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+@pytest.mark.parametrize("budget", [3, 100])
+def test_the_examples_of_an_epoch_that_was_left_are_not_told(
+    budget, monkeypatch
+):
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+    endless = tf.data.Dataset.from_tensor_slices((X, Y)).filter(
+        lambda x, y: True
+    )
+    history = kb.fit(
+        regressor(),
+        endless.batch(8),
+        policy="fixed",
+        superbatch_size=32,
+        epochs=3,
+        verbose=0,
+        callbacks=[kb.TimeToTarget("loss", -1.0, budget=budget)],
+    ).history
+    if budget == 3:
+        # In the middle of the first: nobody knows how long it would be.
+        assert history["examples_seen"] == [4 * 32]
+        assert "examples_to_target" not in history
+    else:
+        over = history["time_to_target"][-1] / budget
+        assert history["examples_to_target"][-1] == 3 * 256 * over
 
 
 def test_budget_of_examples_ends_training():
@@ -312,6 +365,63 @@ def test_who_has_arrived_trains_no_more_and_reports_the_same():
     assert int(model.optimizer.iterations) == 1
 
 
+def by_trainer(callbacks, folder):
+    return kb.fit(
+        regressor(),
+        X,
+        Y,
+        batch_size=8,
+        policy="fixed",
+        epochs=4,
+        verbose=0,
+        callbacks=callbacks,
+        backup_dir=folder,
+    )
+
+
+def by_callbacks(callbacks, folder):
+    # Its train function is made after all of them have begun.
+    scaling = kb.LearningRateScaling("linear", 8, 64)
+    backup = kb.BackupAndRestore(folder)
+    return regressor().fit(
+        X,
+        Y,
+        batch_size=64,
+        epochs=4,
+        verbose=0,
+        callbacks=[*callbacks, backup, scaling],
+    )
+
+
+@pytest.mark.parametrize("fit", [by_trainer, by_callbacks])
+def test_the_clock_of_a_training_that_is_resumed_goes_on(
+    fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_callbacks_time_to_target, "time", FakeTime())
+
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    def run(*others):
+        told = Told(val_accuracy=[0.5, 0.8, 0.3, 0.2])
+        callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
+        return fit([told, callback, *others], tmp_path / "backup").history
+
+    expected = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(keras.callbacks.LambdaCallback(on_epoch_begin=interrupt))
+    resumed = run()
+
+    for name in (
+        "training_seconds",
+        "time_to_target",
+        "examples_seen",
+        "examples_to_target",
+    ):
+        assert resumed[name] == expected[name][2:], name
+
+
 def test_copies_start_anew():
     callback = kb.TimeToTarget("val_accuracy", 0.9, budget=100)
     copy.deepcopy(callback)
@@ -349,6 +459,12 @@ def test_unknown_monitor_is_told_with_those_there_are():
     callback = kb.TimeToTarget("accuracy", 0.9, budget=10)
     with pytest.raises(ValueError, match=r"have \['loss', 'val_accuracy'\]"):
         train(callback, 1, [0.5])
+
+
+def test_a_monitor_that_never_was_there_is_warned_of():
+    callback = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+    with pytest.warns(UserWarning, match="`val_accuracy` .* are: loss. Pass"):
+        regressor().fit(X, Y, verbose=0, callbacks=[callback])
 
 
 def test_validation_may_be_left_out_of_an_epoch():

@@ -186,8 +186,10 @@ def test_executions_start_anew_and_are_averaged(tmp_path):
 def test_a_fit_of_several_parts_is_one_training(tmp_path):
     class InTwoParts(Recorded):
         def fit(self, hp, model, *args, **kwargs):
-            super().fit(hp, model, *args, **kwargs)
-            return super().fit(hp, model, *args, **kwargs)
+            for part in ({"epochs": 2}, {"epochs": 3, "initial_epoch": 2}):
+                history = model.fit(*args, **{**kwargs, **part})
+                self.histories.append(history.history)
+            return history
 
     inner = InTwoParts()
     target = kbt.Target("val_accuracy", 2.0, budget_seconds=20)
@@ -197,6 +199,12 @@ def test_a_fit_of_several_parts_is_one_training(tmp_path):
     first, second = inner.histories
     assert second["examples_seen"][0] == first["examples_seen"][-1] + 1024
     assert second["training_seconds"][-1] > first["training_seconds"][-1]
+    # Both are over their budgets by the gap. That of examples is never less
+    # than what all parts so far have: who arrives is better than who does not.
+    for history, epochs in ((first, 2), (second, 3)):
+        ratio = history["examples_to_target"][-1] / 20 / 1024
+        over = history["time_to_target"][-1] / 20 / 20
+        assert ratio / over == pytest.approx(epochs)
 
 
 def test_several_objectives_are_each_finite(tmp_path):
@@ -546,6 +554,25 @@ def test_who_never_arrives_has_seen_more_than_the_data_in_batches(tmp_path):
     )
     (trial,) = trials_of(tuner)
     assert 2 * 1024 < trial.score <= 4 * 1024
+
+
+@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
+def test_who_sees_no_end_of_the_data_has_an_objective_all_the_same(tmp_path):
+    endless = tf.data.Dataset.from_tensor_slices((X, Y)).filter(
+        lambda x, y: True
+    )
+    tuner = search(
+        tmp_path,
+        kbt.AdaptiveHyperModel(
+            lambda hp: build(hp, rate=1e30), space(), TARGET
+        ),
+        objective=("examples_to_target", "min"),
+        max_trials=1,
+        fit={"x": endless.batch(32), "y": None},
+    )
+    (trial,) = trials_of(tuner)
+    assert trial.status == "COMPLETED", trial.message
+    assert trial.score > metrics_of(trial)["examples_seen"]
 
 
 @pytest.mark.parametrize("name", ["val_loss", "val_accuracy"])
