@@ -184,24 +184,28 @@ def test_executions_start_anew_and_are_averaged(tmp_path):
 
 
 def test_a_fit_of_several_parts_is_one_training(tmp_path):
-    class InTwoParts(Recorded):
+    class InParts(Recorded):
         def fit(self, hp, model, *args, **kwargs):
-            for part in ({"epochs": 2}, {"epochs": 3, "initial_epoch": 2}):
+            for part in (
+                {"epochs": 1},
+                {"epochs": 2, "initial_epoch": 1},
+                {"epochs": 1},
+            ):
                 history = model.fit(*args, **{**kwargs, **part})
                 self.histories.append(history.history)
             return history
 
-    inner = InTwoParts()
+    inner = InParts()
     target = kbt.Target("val_accuracy", 2.0, budget_seconds=20)
     search(
         tmp_path, kbt.AdaptiveHyperModel(inner, space(), target), max_trials=1
     )
-    first, second = inner.histories
+    first, second, _ = inner.histories
     assert second["examples_seen"][0] == first["examples_seen"][-1] + 1024
     assert second["training_seconds"][-1] > first["training_seconds"][-1]
     # Both are over their budgets by the gap. That of examples is never less
     # than what all parts so far have: who arrives is better than who does not.
-    for history, epochs in ((first, 2), (second, 3)):
+    for epochs, history in enumerate(inner.histories, 1):
         ratio = history["examples_to_target"][-1] / 20 / 1024
         over = history["time_to_target"][-1] / 20 / 20
         assert ratio / over == pytest.approx(epochs)
