@@ -505,37 +505,6 @@ law(2)(memory_of_replicas.replicas_are_left_as_they_were)
 law(2)(memory_of_replicas.unbuilt_replicas_are_mirrored)
 
 
-@law()
-def norms_are_those_of_the_shares(strategy):
-    """The gradients of `offset` are w - x: all moments are known."""
-    number = strategy.num_replicas_in_sync
-    x, y = comparing.regression(22)
-    weights = np.random.default_rng(1).uniform(0.1, 3.0, 22)
-    weights = weights.astype("float32")
-    weighted = comparing.offset(
-        lambda: optimizers.SGD(0.0, loss_scale_factor=1024.0),
-        reduction="mean_with_sample_weight",
-    )
-    for make_model, *given in ((comparing.offset(),), (weighted, weights)):
-        weigh = given[0] if given else np.ones(22)
-        for micro in (12, 2):  # In one micro-batch, and in several.
-            _, rows = updates_of_twelve(
-                strategy, make_model, micro, x, y, *given
-            )
-            for row, start, end in zip(rows, (0, 12), (12, 22)):
-                shares = shares_of(start, end, micro * number, number)
-                gradients = [
-                    np.average(0.5 - x[one], axis=0, weights=weigh[one])
-                    for one in shares
-                ]
-                squares, mean, _ = norms_of(
-                    np.array(gradients), [weigh[one].sum() for one in shares]
-                )
-                np.testing.assert_allclose(
-                    row, [squares, mean, end - start, len(shares)], rtol=1e-5
-                )
-
-
 def shares_of(start, end, piece, number):
     """Returns which examples each replica has of each piece, if it has any."""
     cuts = [*range(piece, end - start, piece)]
@@ -545,6 +514,45 @@ def shares_of(start, end, piece, number):
         for index in range(number)
     ]
     return [one for one in shares if len(one)]
+
+
+def assert_norms_are_those_of_the_shares(strategy, make_model, *weights):
+    """The gradients of `offset` are w - x: all moments are known."""
+    number = strategy.num_replicas_in_sync
+    x, y = comparing.regression(22)
+    weigh = weights[0] if weights else np.ones(22)
+    for micro in (12, 2):  # In one micro-batch, and in several.
+        _, rows = updates_of_twelve(strategy, make_model, micro, x, y, *weights)
+        for row, start, end in zip(rows, (0, 12), (12, 22)):
+            shares = shares_of(start, end, micro * number, number)
+            gradients = [
+                np.average(0.5 - x[one], axis=0, weights=weigh[one])
+                for one in shares
+            ]
+            squares, mean, _ = norms_of(
+                np.array(gradients), [weigh[one].sum() for one in shares]
+            )
+            np.testing.assert_allclose(
+                row, [squares, mean, end - start, len(shares)], rtol=1e-5
+            )
+
+
+@law()
+def norms_are_those_of_the_shares(strategy):
+    assert_norms_are_those_of_the_shares(strategy, comparing.offset())
+
+
+@law(3)
+def norms_are_weighted_and_without_the_loss_scale(strategy):
+    weights = np.random.default_rng(1).uniform(0.1, 3.0, 22)
+    assert_norms_are_those_of_the_shares(
+        strategy,
+        comparing.offset(
+            lambda: optimizers.SGD(0.0, loss_scale_factor=1024.0),
+            reduction="mean_with_sample_weight",
+        ),
+        weights.astype("float32"),
+    )
 
 
 @law(3)
