@@ -142,7 +142,7 @@ def measuring(options, data, size):
     fit = dict(batch_size=size, epochs=options.epochs, verbose=0)
     run.fit(*data, **fit)
     run.fit(*data, **fit)
-    # The account goes on from fit to fit.
+    # Of this fit alone; what may be spent goes on from fit to fit.
     return run.report.settings["measuring_share"]
 
 
