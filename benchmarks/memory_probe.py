@@ -7,9 +7,9 @@ process:
 - the probe finds a batch size;
 - another process doubles the size from 2 until it runs out of memory, three
   steps and three of validation each, as Lightning's BatchSizeFinder does;
-- eight train five steps at the size that was found, by plain `fit`; the worst
-  of them counts;
-- eight more do the same at 1.05 times the size, and at still larger ones until
+- eight (`--processes`) train five steps at the size that was found, by plain
+  `fit`; the worst of them counts;
+- as many do the same at 1.05 times the size, and at still larger ones until
   one of them fails. What the answer is of the largest size that a fresh
   process can run, by what is asked of the answer itself, is printed as a
   range: at least so much of what is just below the size that failed, at most
@@ -43,8 +43,6 @@ import tensorflow as tf
 import keras_batchsize as kb
 
 STEPS = 5
-# Fresh processes in which a size must run.
-PROCESSES = 8
 # Larger sizes that are tried, as parts of the one that was found.
 ABOVE = (1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.6, 2.0)
 # Examples in memory where policies are compared: more than the largest batch.
@@ -119,13 +117,13 @@ def draw(model, x, y, path):
     profile.plot(to_file=path)
 
 
-def fewest_steps(limit, prepare, size):
+def fewest_steps(processes, limit, prepare, size):
     """Returns the fewest steps that a fresh process made at a size.
 
     Processes run two at a time, and no more once one has failed.
     """
     fewest = STEPS
-    for _ in range(PROCESSES // 2):
+    for _ in range(math.ceil(processes / 2)):
         ended = fresh_processes.call_all(2, limit, prepare, run_fit, size)
         fewest = min(fewest, *(0 if one.died else one.said for one in ended))
         if fewest < STEPS:
@@ -133,7 +131,7 @@ def fewest_steps(limit, prepare, size):
     return fewest
 
 
-def share_of_largest(limit, prepare, size):
+def share_of_largest(processes, limit, prepare, size):
     """Returns what a size is of the largest that runs, in words."""
     ran = size
     for part in ABOVE:
@@ -141,7 +139,7 @@ def share_of_largest(limit, prepare, size):
         if larger == ran:
             # Of few examples, 5 % more and 10 % more are the same.
             continue
-        if fewest_steps(limit, prepare, larger) < STEPS:
+        if fewest_steps(processes, limit, prepare, larger) < STEPS:
             # The largest that runs is at least one example smaller.
             least, most = size / (larger - 1), size / ran
             return f"{least:.0%} to {most:.0%}"
@@ -149,7 +147,7 @@ def share_of_largest(limit, prepare, size):
     return f"at most {size / ran:.0%}"
 
 
-def line(name, policy, limit, verbose):
+def line(name, policy, limit, arguments):
     """Returns the cells of a line."""
     head = [name, policy, f"{limit}"]
     prepare = functools.partial(memory_models.make, name, policy)
@@ -157,14 +155,14 @@ def line(name, policy, limit, verbose):
     if probed.died:
         return [*head, "died", *["-"] * (len(HEADER) - len(head) - 1)]
     found = probed.said
-    if verbose:
+    if arguments.verbose:
         print(found["summary"], flush=True)
     doubled = fresh_processes.call(limit, prepare, run_doubling)
-    size = found["size"]
-    steps = fewest_steps(limit, prepare, size)
+    size, processes = found["size"], arguments.processes
+    steps = fewest_steps(processes, limit, prepare, size)
     share = "-"
     if steps == STEPS:
-        share = share_of_largest(limit, prepare, size)
+        share = share_of_largest(processes, limit, prepare, size)
     end = "died" if doubled.died else f"{doubled.said:,}"
     return [
         *head,
@@ -202,6 +200,10 @@ def parse():
     parser.add_argument(
         "--policies", nargs="+",
         help="float32, mixed_bfloat16, and mixed_float16 for the MLP",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=8,
+        help="fresh processes in which a size must run",
     )
     parser.add_argument(
         "--compare", action="store_true",
@@ -255,7 +257,7 @@ def print_table(arguments):
     for name in arguments.models:
         for policy in arguments.policies or memory_models.POLICIES[name]:
             for limit in arguments.limits:
-                cells = line(name, policy, limit, arguments.verbose)
+                cells = line(name, policy, limit, arguments)
                 print("| " + " | ".join(cells) + " |", flush=True)
 
 

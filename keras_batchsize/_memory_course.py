@@ -119,10 +119,11 @@ class Course:
         return own, usable - self._data, reason
 
     def _growth(self, count):
-        growth = self._workload.growth
-        if growth is None or self._hole is None:
-            return None
-        return growth * self._sharing / count + self._hole
+        of, shared = enumerate(self._workload.growth, 1), self._sharing
+        if self._hole is None:
+            shared *= 1.0 + _SHARE_OF_HOLES
+        first, *others = [one * shared / count**k for k, one in of] or [None]
+        return () if first is None else (first + (self._hole or 0), *others)
 
     def _make_bounds(self, count):
         cap, reason = self._limits.maximum, "maximum"
@@ -140,6 +141,7 @@ class Course:
             multiple_of=count,
             memory_reason=self._reason,
             growth_bytes=self._growth(count),
+            degree=self._workload.degree,
         )
 
     def run(self):
@@ -187,10 +189,8 @@ class Course:
                 f"{megabytes(max(self._usable, 0))} MB may be used"
             )
             if self._data:
-                room += (
-                    f" ({megabytes(self._data)} MB are for the copy of the "
-                    "data that `fit` makes)"
-                )
+                data = megabytes(self._data)
+                room += f" ({data} MB are for the copy of data `fit` makes)"
         raise NothingFits(
             f"No batch size fits: {what}{room}. Received: "
             f"memory_limit={given}, "

@@ -8,7 +8,6 @@ import ctypes
 import gc
 import pathlib
 import re
-import sys
 
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
@@ -43,24 +42,18 @@ def resident_bytes():
 
 
 def peak_bytes():
-    """Returns the largest memory of the process, or None.
-
-    Since the last `reset_peak`, or since the process began where that does
-    not work: then too large, never too small.
-    """
-    peak = _kilobytes("VmHWM", _read(_STATUS))
-    if peak is not None:
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows.
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Returns the largest memory of the process since `reset_peak`, or None."""
+    return _kilobytes("VmHWM", _read(_STATUS))
 
 
 def reset_peak():
-    """Lets `peak_bytes` count from now, as far as the system can."""
+    """Lets `peak_bytes` count from now.
+
+    Returns:
+        Whether the system lets it. Other systems than Linux, and some
+        containers, only tell the peak since the process began, which says
+        nothing of a step.
+    """
     gc.collect()
     try:
         # Gives freed memory back, or the next peak would hide in it.
@@ -70,7 +63,8 @@ def reset_peak():
     try:
         _CLEAR.write_text("5", encoding="ascii")
     except OSError:
-        pass  # Another system, or a container that forbids it.
+        return False
+    return peak_bytes() is not None
 
 
 def available_bytes():

@@ -1,5 +1,6 @@
 """What a caller allows a probe, checked."""
 
+import contextlib
 import math
 
 from keras_batchsize import _checks
@@ -7,6 +8,29 @@ from keras_batchsize import _checks
 
 class NothingFits(ValueError):
     """Raised where not even the smallest batch fits memory."""
+
+
+@contextlib.contextmanager
+def errors_of_fit():
+    """Lets what does not fit be told by what `fit` can be told, no limits.
+
+    Yields:
+        None.
+
+    Raises:
+        NothingFits: In place of one that names arguments of a probe.
+    """
+    try:
+        yield
+    except NothingFits as error:
+        found = str(error).partition(" Received: ")[0]
+        raise NothingFits(
+            f"{found} Received: max_batch_size=None, for which a probe looks "
+            "for the largest size. Use a smaller model, an optimizer with "
+            "fewer slots, shorter examples, or a mixed dtype policy; or "
+            "max_batch_size=32, say: then nothing is probed, and what does "
+            "not fit is run in smaller parts."
+        ) from error
 
 
 class Limits:

@@ -229,8 +229,11 @@ def devices_of(model):
         names = strategy.extended.worker_devices
         specs = [tf.DeviceSpec.from_string(name) for name in names]
         return [f"{one.device_type}:{one.device_index}" for one in specs]
-    gpus = tf.config.list_logical_devices("GPU")
-    return ["GPU:0"] if gpus else ["CPU:0"]
+    own = next((one.value.device for one in model.trainable_variables), "")
+    placed = tf.DeviceSpec.from_string(own or "")
+    if tf.config.list_logical_devices("GPU") and placed.device_type != "GPU":
+        return ["GPU:0"]  # Where it computes, whatever lies on the host.
+    return [f"{placed.device_type or 'CPU'}:{placed.device_index or 0}"]
 
 
 def meter_for(model):
@@ -242,7 +245,7 @@ def meter_for(model):
     devices = devices_of(model)
     if _keeps_statistics(devices):
         return AllocatorMeter(devices)
-    if devices[0].startswith("CPU") and _memory_host.peak_bytes() is not None:
+    if devices[0].startswith("CPU") and _memory_host.reset_peak():
         return HostMeter()
     return Unmeasured(devices[0])
 

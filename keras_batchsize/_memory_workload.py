@@ -18,9 +18,12 @@ from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize import slicing
+from keras_batchsize._memory_forward import can_be_called
 from keras_batchsize._memory_forward import forward_of
+from keras_batchsize._memory_forward import is_called_once
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize._train_function_memory import changed_by_training
+from keras_batchsize._train_function_memory import held_always
 from keras_batchsize.train_function import team_of
 
 # Batches there are at once: one in use, and two that a pipeline has read ahead.
@@ -47,13 +50,15 @@ class Workload:
         accumulates: Whether training may sum the gradients of micro-batches.
 
     Attributes:
-        forward: The `Forward` of the model; None if it runs eagerly, or if a
-            step may be more than a forward pass and the way back.
+        forward: The `Forward` of the model; None if it runs eagerly, if a
+            step may be more than a forward pass and the way back, or if the
+            loss cannot be traced.
     """
 
     def __init__(self, model, examples, meter, accumulates):
         self.forward = None
-        self._accumulates = accumulates
+        # Who accumulates guards training, too: `AdaptiveTrainer`.
+        self._accumulates = self._is_guarded = accumulates
         self._replicated = False
         self._replicas = model.distribute_strategy.num_replicas_in_sync
         self._model = model
@@ -84,7 +89,7 @@ class Workload:
             self._accumulates = self._has_known_step()
         self._graphs = team.make_graphs(model, 1, self._accumulates)
         self._graphs.build(self._examples.one)
-        if not model.run_eagerly and _is_called_once(model):
+        if not model.run_eagerly and is_called_once(model):
             self.forward = forward_of(
                 model, self._examples.one, training=not self._replicated
             )
@@ -124,7 +129,7 @@ class Workload:
 
     def _validation_step(self):
         model, step = self._model, self._model.test_step
-        if not _can_be_called(model):
+        if not can_be_called(model):
             return lambda data: {}  # Nor can it be validated by `fit`.
         if self._replicated:
             step = self._validate_everywhere
@@ -139,15 +144,22 @@ class Workload:
 
     @property
     def growth(self):
-        """Bytes by which an example can raise the peak at most, or None.
+        """Bytes by which an example can raise the peak, a pair of them, ...
 
-        All tensors of a forward pass together, with the largest twice more for
-        the way back, and the batches that wait are more than that.
+        All tensors of a forward pass and the loss together, with the largest
+        twice more for the way back, and the batches that wait are more than
+        that. Empty if not known.
         """
-        if self.forward is None or self.forward.total is None:
-            return None
+        if self.forward is None or not self.forward.totals:
+            return ()
         waiting = (BATCHES_HELD + 1) * self._examples.bytes_each
-        return self.forward.total + 2.0 * self.forward.largest + waiting
+        first, *others = map(sum, zip(self.forward.totals, self.forward.back))
+        return (first + waiting, *others)
+
+    @property
+    def degree(self):
+        """Power of the size with which memory grows, as far as is known."""
+        return 1 if self.forward is None else self.forward.degree
 
     @property
     def compiles(self):
@@ -179,9 +191,12 @@ class Workload:
         meter, peaks, seconds = self._meter, [], []
         meter.reset(self.resident_bytes)
         data = self._waiting(size)
-        first = self._timed(self._plain, next(data), size, 1)
+        first = self._timed(next(data), size, 1)
         if meter.counts_first_call:
             self._note_peak(peaks)
+            if not meter.is_shared:
+                # While algorithms are chosen, others are tried, too.
+                peaks.clear()
         else:
             # What lies in memory already does not show in the rise.
             data = None
@@ -198,9 +213,7 @@ class Workload:
             ):
                 # With XLA, another number would be another graph.
                 updates = self._updates_at_once(size)
-            seconds.append(
-                self._timed(self._plain, next(data), size, updates) / updates
-            )
+            seconds.append(self._timed(next(data), size, updates) / updates)
             self._note_peak(peaks)
         return peaks, min(seconds)
 
@@ -229,32 +242,38 @@ class Workload:
             )
         return iter(dataset)
 
-    def _timed(self, function, *args):
+    def _timed(self, data, size, updates):
         started = time.perf_counter()
-        function(*args)
+        self._plain(data, updates * size, size)
         return time.perf_counter() - started
 
     def _held(self):
         """Holds values that XLA would otherwise take apart, see `exhaustion`.
 
-        Anew for each call: what a call made has only one owner again.
+        Also those that training holds. Anew for each call: what a call made
+        has only one owner again.
         """
-        if not self.compiles:
+        if not self.compiles and not self._is_guarded:
             return None
-        return exhaustion.HeldValues(changed_by_training(self._model))
+        variables = changed_by_training(self._model)
+        holds = self.compiles or held_always(variables)
+        return exhaustion.HeldValues(variables) if holds else None
 
     def _rate(self):
         step = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
         return learning_rate.rate_in_force(1.0, 1.0, step, 0)
 
-    def _plain(self, data, size, updates):
+    def _plain(self, data, stop, size):
+        """Makes updates of `size` of the examples [0, stop), as `fit` does.
+
+        Where XLA compiles, one that is not whole goes without it.
+        """
         held = self._held()
         if self._replicated:
-            logs = self._summed(data, updates * size, size, size)
+            size = min(size, stop)
+            logs = self._summed(data, stop, size, size)
         else:
-            logs, _ = self._graphs.plain(
-                data, 0, updates * size, size, self._rate()
-            )
+            logs, _ = self._graphs.plain(data, 0, stop, size, self._rate())
         _wait_for(logs)
         del held
 
@@ -307,7 +326,7 @@ class Workload:
         while len(seconds) < _MORE or (
             len(seconds) < most and sum(seconds) < _MORE_SECONDS
         ):
-            seconds.append(self._timed(self._plain, next(data), size, 1))
+            seconds.append(self._timed(next(data), size, 1))
             self._note_peak(peaks)
         return peaks, min(seconds)
 
@@ -326,7 +345,7 @@ class Workload:
         self._meter.reset(self.resident_bytes)
         data, of_tail, of_validation = self._waiting(size), [], []
         if tail:
-            self._plain(next(data), tail, 1)
+            self._plain(next(data), tail, size)
             self._note_peak(of_tail)
         held = self._held()
         _wait_for(self._validate(self._batch(size)))
@@ -354,19 +373,6 @@ def _wait_for(logs):
         keras.ops.convert_to_numpy(value)
 
 
-def _can_be_called(model):
-    """Whether a model has a `call`: some have their own `train_step` only."""
-    return type(model).call is not keras.Model.call
-
-
-def _is_called_once(model):
-    """Whether a step calls the model once, as that of Keras does."""
-    return _can_be_called(model) and all(
-        getattr(type(model), name) is getattr(keras.Model, name)
-        for name in ("train_step", "compute_loss")
-    )
-
-
 def build_layers(model, example):
     """Builds what `fit` would build when it traces its first step.
 
@@ -379,7 +385,7 @@ def build_layers(model, example):
     """
     if all(layer.built for layer in keras_private.flatten_layers(model)):
         return
-    if not _can_be_called(model):
+    if not can_be_called(model):
         return  # Its own step builds what it calls.
     if replicas.strategy_of(model) is not None:
         # Mirrored variables cannot be made inside a graph.

@@ -115,6 +115,16 @@ class MemoryGuard:
         )
 
 
+def held_always(variables):
+    """Whether variables are held through every superbatch.
+
+    Args:
+        variables: What `changed_by_training` returns.
+    """
+    may_fail = exhaustion.raises_when_exhausted()
+    return may_fail and exhaustion.bytes_of(variables) <= _HELD_ALWAYS
+
+
 def changed_by_training(model):
     """Returns all variables that an update changes, each once.
 

@@ -1,5 +1,7 @@
 """How a trainer finds its model when `fit` begins."""
 
+import math
+
 import keras
 import tensorflow as tf
 
@@ -52,20 +54,59 @@ class LastOptimizer:
 
 
 class KeptProfile:
-    """A profile, as long as the model is compiled as it was when probed."""
+    """A profile, as long as model and data are what they were when probed."""
 
     def __init__(self):
         self._profile = None
         self._compiled = ()
+        self._data = None
+        # Whether the next controller knows nothing of it, or was told of one
+        # that does not hold any more.
+        self._is_new = self._is_dropped = False
 
-    def keep(self, profile, model):
+    def keep(self, profile, model, data):
         """Keeps a profile.
 
         Args:
             profile: A `BatchProfile`.
             model: The Keras model that was probed.
+            data: The (x, y, sample_weight) that it was probed on.
         """
         self._profile, self._compiled = profile, _compiled(model)
+        self._data = memory.kind_of_data(model, *data)
+        self._is_new, self._is_dropped = True, False
+
+    def check(self, model, data):
+        """Drops the profile if it does not tell of other data.
+
+        Args:
+            model: A compiled Keras model.
+            data: Its (x, y, sample_weight), which can be read twice.
+        """
+        profile = self.of(model)
+        if profile is None:
+            return
+        kind, count = memory.kind_of_data(model, *data)
+        has_more = profile.reason == "dataset" and count > self._data[1]
+        if has_more or kind != self._data[0]:
+            self._profile, self._is_dropped = None, True
+
+    def tell(self, controller, model):
+        """Tells a controller of the profile, if there is one of the model.
+
+        What it found is a limit for all fits. A new one may raise that; later
+        they only lower it, and do not undo what an out-of-memory error did.
+
+        Args:
+            controller: A `Controller`.
+            model: A compiled Keras model.
+        """
+        profile = self.of(model)
+        if self._is_dropped:
+            controller.limit_micro_batch_size(math.inf, raises=True)
+        if profile is not None:
+            controller.expect(profile, self._is_new)
+        self._is_new = self._is_dropped = False
 
     def of(self, model):
         """Returns the profile of a model, or None if there is none.

@@ -87,12 +87,11 @@ class Controller:
     @property
     def plan(self):
         """The `BatchPlan` in force."""
-        largest = math.ceil(self.superbatch_size / self.replicas)
-        if self.measures and self.batch_size > self.superbatch_size:
+        largest, at_hand = self.largest_micro_batch_size, self.superbatch_size
+        if self.measures and self.batch_size > at_hand:
             # From two micro-batches noise can be measured, but not how well.
             largest = min(largest, max(self.batch_size // 4, 1))
-        largest = min(largest, self.largest_micro_batch_size)
-        return plan_for(self.batch_size, largest, self.replicas)
+        return plan_for(self.batch_size, largest, self.replicas, at_hand)
 
     @property
     def measures(self):
@@ -229,20 +228,23 @@ class Controller:
         if norms.count >= 2:
             self._estimator.add([norms], 0)
 
-    def limit_micro_batch_size(self, size):
-        """Lets no replica hold more examples in one pass than `size`."""
-        size = min(size, self.largest_micro_batch_size)
+    def limit_micro_batch_size(self, size, raises=False):
+        """Lets no replica hold more in one pass; `raises` an earlier limit."""
+        if not raises:
+            size = min(size, self.largest_micro_batch_size)
         self.largest_micro_batch_size = size
         self.speed.largest = min(self.superbatch_size, size * self.replicas)
         self.speed.fit()
 
-    def expect(self, profile):
+    def expect(self, profile, is_new=False):
         """Takes over what a probe found out about memory and speed.
 
         Args:
             profile: A `BatchProfile`.
+            is_new: Whether it may raise a limit that was set before.
         """
-        self.limit_micro_batch_size(profile.max_batch_size // profile.replicas)
+        size = profile.max_batch_size // profile.replicas
+        self.limit_micro_batch_size(size, is_new)
         self.speed.expect(profile.step_time)
         self.profile = profile
 

@@ -35,8 +35,10 @@ from keras_batchsize._memory_compare import compared
 from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_examples import can_be_read_twice
 from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_key import spec_of
 from keras_batchsize._memory_limits import Limits
 from keras_batchsize._memory_limits import NothingFits
+from keras_batchsize._memory_limits import errors_of_fit
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
@@ -46,6 +48,7 @@ from keras_batchsize._memory_workload import build_layers
 __all__ = [
     "can_be_read_twice",
     "compare_dtype_policies",
+    "errors_of_fit",
     "find_max_batch_size",
 ]
 
@@ -199,6 +202,26 @@ def compare_dtype_policies(
         policies,
         lambda model: find_max_batch_size(model, x, y, **limits),
     )
+
+
+def kind_of_data(model, x, y=None, sample_weight=None):
+    """Returns what an example of data is, and how many of them there are.
+
+    Args:
+        model: A compiled Keras model.
+        x: As in `Model.fit`; of any kind that can be read more than once.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+
+    Returns:
+        Pair of a string, alike for examples of the same shapes and types, and
+        a number, infinity if it is not known.
+    """
+    with _keras_private_random.states_kept():
+        examples = read_examples(model, x, y, sample_weight)
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(examples.one)
+    kinds = [keras.tree.map_structure(spec_of, one) for one in (x, y)]
+    return str(kinds), examples.count
 
 
 def on_accelerator():

@@ -29,21 +29,40 @@ class BatchPlan:
         )
 
 
-def plan_for(batch_size, largest_micro_batch_size, replicas=1):
+def plan_for(
+    batch_size, largest_micro_batch_size, replicas=1, superbatch_size=None
+):
     """Returns the plan with as few micro-batches as memory allows.
+
+    Equal ones, wherever less than twice as many are enough for that: XLA only
+    takes those, and without it gradients of equal parts tell more of the noise.
+    On a ladder of powers of two they always are. Where they are not (an odd
+    base, say), the last one is smaller, and XLA does not compile them.
 
     Args:
         batch_size: Examples per update, over all replicas.
         largest_micro_batch_size: Examples that fit one replica at once.
         replicas: Number of replicas.
+        superbatch_size: Examples at hand at a time, of which a batch that is
+            larger is made; None for all of the batch.
 
     Returns:
         A `BatchPlan`.
     """
-    share = math.ceil(batch_size / replicas)
-    return BatchPlan(
-        batch_size, min(share, largest_micro_batch_size), replicas
+    at_hand = min(batch_size, superbatch_size or batch_size)
+    share, largest = math.ceil(at_hand / replicas), largest_micro_batch_size
+    if share <= largest:
+        return BatchPlan(batch_size, share, replicas)
+    fewest = math.ceil(share / largest)
+    micro = next(
+        (
+            share // count
+            for count in range(fewest, min(2 * fewest, share + 1))
+            if share % count == 0
+        ),
+        largest,
     )
+    return BatchPlan(batch_size, micro, replicas)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,12 @@ say more: then the line leads, and those rules only have to keep below what is
 there at all. Between a size that fits and one that does not, the straight line
 decides.
 
+Where examples are compared with each other memory grows with the square of the
+size, or a higher power d. Then (peak - constant)/size^d does not rise, and of
+the quotient above the d-th root is taken. The graph tells d; where it does not,
+d is 2 if (peak - constant)/size rose from one size to the next. (A workspace
+that does not grow may hide that from small sizes.)
+
 No size is returned that was not run, and whose own peak did not stay below.
 """
 
@@ -87,8 +93,10 @@ class Bounds:
         usable_bytes: Largest peak allowed; None if not known.
         hard_bytes: Peak that must not even be risked, the whole of what there
             is. None for `usable_bytes`.
-        growth_bytes: Bytes by which an example can raise the peak at most;
-            None if not known.
+        growth_bytes: Bytes by which an example can raise the peak at most, a
+            pair of examples, and so on; empty if not known.
+        degree: Highest power of the size with which memory grows, as far as
+            is known.
         multiple_of: Every size is a multiple of it: the number of replicas.
         memory_reason: What the result says if `usable_bytes` is reached.
     """
@@ -98,7 +106,8 @@ class Bounds:
     cap_reason: str = "maximum"
     usable_bytes: float | None = None
     hard_bytes: float | None = None
-    growth_bytes: float | None = None
+    growth_bytes: tuple = ()
+    degree: int = 1
     multiple_of: int = 1
     memory_reason: str = MEMORY
 
@@ -223,20 +232,47 @@ def _extrapolated(trials, best, bounds):
     size, most = best.batch_size, best.batch_size * _LARGEST_JUMP
     if peak <= best.constant_bytes:
         return most
-    goal = _goal(best, usable)
+    goal, below = _goal(best, usable), _last_below(trials, best)
     if bounds.growth_bytes:
-        most = max(most, size + (goal - peak) / bounds.growth_bytes)
+        most = max(most, _grown(size, goal - peak, bounds.growth_bytes))
+    bounds = _by_what_rose(bounds, below, best)
     sure = _cannot_exceed(goal, best, bounds)
-    slope = _slope_below(trials, best)
-    if slope is None:
+    if below is None or bounds.degree > 1:
         # Time is not known either: the first step costs what it costs.
         return min(sure, most)
     hard = usable if bounds.hard_bytes is None else bounds.hard_bytes
     safe = _cannot_exceed(hard, best, bounds)
-    straight = math.inf
+    straight, slope = math.inf, _slope(below, best)
     if slope > 0.0:
         straight = size + (goal - peak) / slope
-    return max(sure, min(straight, safe, most))
+    wanted = max(sure, min(straight, safe, most))
+    return wanted if bounds.growth_bytes else min(wanted, most)
+
+
+def _by_what_rose(bounds, below, best):
+    """Returns the bounds for memory that grows as two trials say it does.
+
+    Args:
+        bounds: The `Bounds`.
+        below: `Trial` of a smaller size, or None.
+        best: `Trial` of the largest that fits.
+    """
+    if below is None or bounds.degree > 1:
+        return bounds
+    if bounds.growth_bytes and _slope(below, best) <= bounds.growth_bytes[0]:
+        # No more than tensors explain that grow with the size.
+        return bounds
+    size, smaller = best.batch_size, below.batch_size
+    before = (below.peak_bytes - below.constant_bytes) / smaller
+    now = (best.peak_bytes - best.constant_bytes) / size
+    if not 0.0 < before < now:
+        return bounds
+    growth = ()
+    if now <= before * _RISE:
+        # Perhaps noise: by no more of a square than was seen.
+        square = (now - before) / (size - smaller)
+        growth = before - square * smaller, square
+    return dataclasses.replace(bounds, growth_bytes=growth, degree=2)
 
 
 def _cannot_exceed(goal, best, bounds):
@@ -245,11 +281,33 @@ def _cannot_exceed(goal, best, bounds):
     ratio = (goal - constant) / (peak - constant)
     if ratio > 2.0:
         ratio = max(ratio / _RISE, 2.0)
-    size = best.batch_size * ratio
+    size = best.batch_size * ratio ** (1.0 / bounds.degree)
     if bounds.growth_bytes:
-        added = (goal - peak) / bounds.growth_bytes
-        size = max(size, best.batch_size + added)
+        grown = _grown(best.batch_size, goal - peak, bounds.growth_bytes)
+        size = max(size, grown)
     return size
+
+
+def _grown(size, room, growth):
+    """The size up to which tensors take no more than there is room for.
+
+    Args:
+        size: Examples in what has run.
+        room: Bytes above its peak.
+        growth: Bytes per example, per pair of examples, and so on.
+    """
+
+    def fits_in(larger):
+        powers = enumerate(growth, 1)
+        return sum(g * (larger**k - size**k) for k, g in powers) <= room
+
+    low, high = size, 2.0 * size
+    while fits_in(high) and high < size * 2.0**64:
+        low, high = high, 2.0 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits_in(middle) else (low, middle)
+    return low
 
 
 def _goal(trial, usable_bytes):
@@ -257,17 +315,19 @@ def _goal(trial, usable_bytes):
     return constant + _AIM * (usable_bytes - constant)
 
 
-def _slope_below(trials, best):
-    """Bytes per example up to the largest size, None for one size."""
+def _last_below(trials, best):
+    """The largest `Trial` well below another one, None if that is the first."""
     below = [t for t in trials if t.batch_size < best.batch_size]
-    if not below:
-        return None
     apart = [
         t for t in below if t.batch_size * _SLOPE_OVER <= best.batch_size
     ]
-    last = max(apart or below, key=lambda t: t.batch_size)
-    return (best.peak_bytes - last.peak_bytes) / (
-        best.batch_size - last.batch_size
+    return max(apart or below, key=lambda t: t.batch_size, default=None)
+
+
+def _slope(below, best):
+    """Bytes per example between two trials."""
+    return (best.peak_bytes - below.peak_bytes) / (
+        best.batch_size - below.batch_size
     )
 
 

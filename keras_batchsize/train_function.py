@@ -199,10 +199,10 @@ class AdaptiveTrainFunction:
         return logs
 
     def _decide_on_measuring(self, total):
-        """Returns what says how much memory a superbatch needs."""
-        ahead, controller = self._examples_ahead(total), self.controller
-        self._measures = controller.wants_measurement(total, ahead)
-        return controller.plan, self._measures
+        """Returns what says how much memory a superbatch needs, or its tail."""
+        ahead, plan = self._examples_ahead(total), self.controller.plan
+        self._measures = self.controller.wants_measurement(total, ahead)
+        return plan, self._measures, total % plan.micro_batch_size > 0
 
     def _halve(self, data, total, factor):
         """Halves what is in memory at a time, at the factor put back."""

@@ -109,7 +109,7 @@ class AdaptiveTrainer:
         """Finds out which batch sizes fit memory, and how fast they are.
 
         The next `fit` takes no more through the model at once, and starts from
-        these step times, unless the model is compiled anew before.
+        these step times, unless the model is compiled anew, or data differ.
 
         Args:
             x: As in `Model.fit`; of any kind that can be read more than once.
@@ -124,7 +124,7 @@ class AdaptiveTrainer:
         profile = memory.find_max_batch_size(
             self.model, x, y, sample_weight, **limits
         )
-        self._profile.keep(profile, self.model)
+        self._profile.keep(profile, self.model, (x, y, sample_weight))
         return profile
 
     def fit(
@@ -196,11 +196,15 @@ class AdaptiveTrainer:
 
     def _probe_first(self, x, y, sample_weight):
         """Looks for the largest size where that is the limit in force."""
+        if not memory.can_be_read_twice(x):
+            return
+        self._profile.check(self.model, (x, y, sample_weight))
         is_limit = self.max_batch_size is None and memory.on_accelerator()
         if not is_limit or self._profile.of(self.model) is not None:
             return
-        if memory.can_be_read_twice(x) and memory.takes_any_size(self.model):
-            self.probe(x, y, sample_weight)
+        if memory.takes_any_size(self.model):
+            with memory.errors_of_fit():
+                self.probe(x, y, sample_weight)
 
     def _superbatches(self, data, validation_data, validation_split, **how):
         """Returns the `Superbatches`, and the data to validate on."""
@@ -282,9 +286,7 @@ class AdaptiveTrainer:
             controller.clock.steps += self._last_optimizer.steps_since(
                 self.model
             )
-        profile = self._profile.of(self.model)
-        if profile is not None:
-            controller.expect(profile)
+        self._profile.tell(controller, self.model)
         self._controller, self._state = controller, None
         return controller
 

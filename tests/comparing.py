@@ -175,12 +175,13 @@ class Trained:
 
 def variables_of(model):
     """Returns every value that training changes, by position and path."""
-    optimizer = model.optimizer.variables if model.optimizer else []
+    optimizer = getattr(model, "optimizer", None)  # None if not compiled.
+    slots = optimizer.variables if optimizer else []
     return {
         f"{index} {variable.path}": np.array(
             keras.ops.convert_to_numpy(variable)
         )
-        for index, variable in enumerate([*model.variables, *optimizer])
+        for index, variable in enumerate([*model.variables, *slots])
     }
 
 

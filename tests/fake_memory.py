@@ -16,6 +16,9 @@ from keras_batchsize._memory_meters import Meter
 from keras_batchsize._memory_workload import Workload
 
 MB = 10**6
+# Seconds that no probe takes. (Where slopes are far above those of the model
+# the time bounds the jumps.)
+PATIENT = 10_000.0
 
 make_dense = comparing.compiled(
     comparing.dense, optimizer=keras.optimizers.Adam, metrics=["mae"]
@@ -54,6 +57,7 @@ class FakeMeter(Meter):
         seconds: Seconds of an update, without its examples.
         slopes: Dict from what is run to bytes per example, where they are not
             those of an update.
+        squares: Bytes per pair of examples.
     """
 
     device = "FAKE:0"
@@ -68,6 +72,7 @@ class FakeMeter(Meter):
         measures=True,
         seconds=0.001,
         slopes=(),
+        squares=0,
     ):
         self.size = 0
         self.sizes, self.ran = [], []
@@ -78,6 +83,7 @@ class FakeMeter(Meter):
         self._measures = measures
         self._seconds = seconds
         self._slopes = dict(slopes)
+        self._squares = squares
         self._peak = 0
 
     def limit(self):
@@ -101,10 +107,15 @@ class FakeMeter(Meter):
         self.size = size
         self.sizes.append(size)
 
+    def bytes_of(self, what, size):
+        """Returns the peak of what is run."""
+        slope = self._slopes.get(what, self._slope)
+        return self._constant + slope * size + self._squares * size**2
+
     def run(self, what, size):
         """Takes what a step takes, or fails as a device would."""
         self.ran.append((what, size))
-        peak = self._constant + self._slopes.get(what, self._slope) * size
+        peak = self.bytes_of(what, size)
         too_large = self._fails_at is not None and size >= self._fails_at
         if too_large or (self._limit is not None and peak > self._limit):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM (fake)")
@@ -116,18 +127,18 @@ class FakeWorkload(Workload):
     much a probe runs depends on both.
     """
 
-    def _timed(self, function, data, size, updates):
-        super()._timed(function, data, size, updates)
+    def _timed(self, data, size, updates):
+        super()._timed(data, size, updates)
         return updates * self._meter.step_seconds(size)
 
     def _waiting(self, size):
         self._meter.wait(size)
         return super()._waiting(size)
 
-    def _plain(self, data, size, updates):
-        what = "update" if size == self._meter.size else "tail"
-        super()._plain(data, size, updates)
-        self._meter.run(what, size)
+    def _plain(self, data, stop, size):
+        super()._plain(data, stop, size)
+        what = "update" if stop >= size else "tail"
+        self._meter.run(what, min(stop, size))
 
     def _summed(self, data, stop, size, micro):
         logs = super()._summed(data, stop, size, micro)

@@ -127,14 +127,37 @@ def xla_fails_three_times():
         peaks, _ = workload.train(64)
         assert 0 < max(peaks) < 150 * 2**20
     assert losses(model) == expected
+    xla_fails_in_training()
+
+
+def xla_fails_in_training():
+    """A base batch that XLA cannot hold is carried out in parts."""
+    # A tensor has 33 MB, in a half 17.
+    size, features = 2**14, 16
+    x, y = in_two_batches(size, features)
+
+    def deep(jit_compile):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((features,)),
+                keras.layers.Dense(WIDTH, activation="relu"),
+                keras.layers.Dense(WIDTH, activation="relu"),
+                keras.layers.Dense(1),
+            ]
+        )
+        optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+        model.compile(optimizer, "mse", jit_compile=jit_compile)
+        return model
+
+    trainer = halves_a_batch(deep(True), x, y, size)
+    compare_with_sums_by_hand(trainer.model, deep(False), x, y, size)
 
 
 def training_goes_on():
     """A base batch that is too large is carried out in parts."""
     size = 16_384
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2 * size, 16)).astype("float32")
-    y = rng.normal(size=(2 * size, 1)).astype("float32")
+    x, y = in_two_batches(size, 16)
 
     def wide():
         keras.utils.set_random_seed(0)
@@ -148,7 +171,19 @@ def training_goes_on():
         model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
         return model
 
-    trainer = kb.AdaptiveTrainer(wide(), policy="fixed", verbose=0)
+    trainer = halves_a_batch(wide(), x, y, size)
+    compare_with_sums_by_hand(trainer.model, wide(), x, y, size)
+
+
+def in_two_batches(size, features):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * size, features)).astype("float32")
+    return x, rng.normal(size=(2 * size, 1)).astype("float32")
+
+
+def halves_a_batch(model, x, y, size):
+    """Trains on batches that do not fit; returns the trainer."""
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = trainer.fit(
@@ -157,26 +192,27 @@ def training_goes_on():
     assert any("Memory ran out" in str(one.message) for one in caught)
     assert trainer.plan.batch_size == size
     assert trainer.plan.accumulation_steps >= 2
-    # The oracle: the same mean gradients, summed by hand from small parts.
-    model, optimizer = wide(), keras.optimizers.SGD(0.01, momentum=0.9)
-    for _ in range(2):
-        for start in range(0, 2 * size, size):
-            total = None
-            for first in range(start, start + size, 1024):
-                part = slice(first, first + 1024)
-                with tf.GradientTape() as tape:
-                    error = model(x[part], training=True) - y[part]
-                    loss = tf.reduce_sum(error**2) / size
-                found = tape.gradient(loss, model.trainable_weights)
-                total = found if total is None else [
-                    a + b for a, b in zip(total, found)
-                ]
-            optimizer.apply(total, model.trainable_weights)
-    for ours, theirs in zip(
-        trainer.model.get_weights(), model.get_weights()
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
     assert len(history.history["loss"]) == 2
+    return trainer
+
+
+def compare_with_sums_by_hand(trained, model, x, y, size):
+    """The oracle: the same mean gradients, summed from small parts."""
+    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
+    for start in 2 * [*range(0, len(x), size)]:
+        total = None
+        for first in range(start, start + size, 1024):
+            part = slice(first, first + 1024)
+            with tf.GradientTape() as tape:
+                error = model(x[part], training=True) - y[part]
+                loss = tf.reduce_sum(error**2) / size
+            found = tape.gradient(loss, model.trainable_weights)
+            total = found if total is None else [
+                a + b for a, b in zip(total, found)
+            ]
+        optimizer.apply(total, model.trainable_weights)
+    for ours, theirs in zip(trained.get_weights(), model.get_weights()):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_batchsize as kb
+from keras_batchsize import _memory_meters
 from keras_batchsize import exhaustion
 
 
@@ -69,3 +70,11 @@ def unbuilt_replicas_are_mirrored(strategy):
     kb.AdaptiveTrainer(model, policy="fixed", verbose=0).fit(
         *data, batch_size=8, verbose=0
     )
+
+
+def a_model_is_measured_on_its_own_device(_):
+    for device in ("CPU:1", "CPU:0"):
+        with tf.device(device):
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        assert _memory_meters.devices_of(model) == [device]

@@ -1,6 +1,7 @@
 """The probe: what it returns, what it leaves, and what it refuses."""
 
 import collections
+import contextlib
 import itertools
 import math
 import random
@@ -14,6 +15,7 @@ import tensorflow as tf
 from comparing import compiled
 from comparing import dense
 from fake_memory import MB
+from fake_memory import PATIENT
 from fake_memory import FakeMeter
 from fake_memory import make_dense
 from fake_memory import probe
@@ -82,6 +84,7 @@ class FirstPeakMeter(FakeMeter):
     """The first peaks at a size are higher or lower than those that follow."""
 
     holes = 2.0
+    is_shared = True
 
     def __init__(self, part, first=1, **arguments):
         super().__init__(**arguments)
@@ -112,6 +115,27 @@ def test_the_first_peak_at_a_size_is_not_typical(part):
     assert profile.max_batch_size == 6000
     most = max(1.0, part) * 60 * MB
     assert max(row.peak_bytes for row in profile.rows) == most
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("seconds", [0.001, 0.2])
+def test_a_device_that_tries_algorithms_first_is_not_judged_by_that(
+    seconds, is_shared
+):
+    # 80 MB, and 120 while the first call looks for the best algorithm.
+    meter = FirstPeakMeter(
+        1.5, limit=100 * MB, slope=MB, seconds=seconds
+    )
+    meter.holes, meter.is_shared = 0.0, is_shared
+    profile = probe(meter, start=80, maximum=80)
+    assert (profile.max_batch_size < 80) == is_shared
+
+
+def test_a_device_that_runs_out_in_the_first_call_has_run_out():
+    meter = FakeMeter(limit=100 * MB, slope=MB, fails_at=80)
+    profile = probe(meter, start=80, maximum=80)
+    assert profile.rows[-1].note == "out of memory"
+    assert 40 <= profile.max_batch_size < 80
 
 
 @pytest.mark.parametrize("part", [0.1, 1.2])
@@ -180,14 +204,90 @@ def test_fragmentation_takes_two_tensors_of_typical_size():
     assert 0.85 * room <= (1000 + hole) * profile.max_batch_size <= room
 
 
+class ConvexMeter(FakeMeter):
+    """The largest of two phases, the second of which begins late."""
+
+    def bytes_of(self, what, size):
+        return max(0.2 * MB + 20 * size, 200 * (size - 500))
+
+
+def test_convex_memory_is_followed():
+    meter = ConvexMeter(limit=2 * MB)
+    profile = probe(meter, safety_margin=0.1, time_budget=PATIENT)
+    largest = 500 + 1.8 * MB / 200
+    assert 0.85 * largest <= profile.max_batch_size <= largest
+    assert "out of memory" not in {row.note for row in profile.rows}
+
+
+class NoisyMeter(FakeMeter):
+    """No two peaks are the same."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self._rng = np.random.default_rng(0)
+
+    def bytes_of(self, what, size):
+        return super().bytes_of(what, size) * self._rng.uniform(0.95, 1.05)
+
+
+def test_noisy_memory_is_followed():
+    meter = NoisyMeter(limit=2 * MB, constant=0.2 * MB, slope=200)
+    profile = probe(meter, safety_margin=0.1, time_budget=PATIENT)
+    chosen = [
+        row
+        for row in profile.rows
+        if row.batch_size == profile.max_batch_size
+    ]
+    # All of its peaks stayed below, and what is not noise nearly does.
+    assert chosen[0].fits and chosen[0].peak_bytes <= 1.8 * MB
+    assert 0.85 * 8000 / 1.05 <= profile.max_batch_size <= 8000 / 0.95
+    assert len(profile.rows) <= 7
+
+
+def of_any_size(y, y_pred):
+    """A loss that cannot be traced for the size of `_memory_forward.py`."""
+    if y_pred.shape[0] == 61:
+        raise ValueError("any size but this")
+    return keras.ops.mean(keras.ops.square(y - y_pred), -1)
+
+
+def pairs_of(embedding):
+    """A model whose loss compares each example with each other one."""
+
+    def loss(y, y_pred):
+        likeness = keras.ops.matmul(y_pred, keras.ops.transpose(y_pred))
+        return keras.ops.mean(keras.ops.square(likeness - y), -1)
+
+    model = keras.Sequential(
+        [keras.Input((comparing.FEATURES,)), keras.layers.Dense(embedding)]
+    )
+    model.compile("sgd", loss)
+    return model
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_memory_that_grows_with_the_square_does_not_overshoot(told):
+    # Slopes that the graph of the model lets expect, or else of any size.
+    model = pairs_of(4) if told else compiled(dense, loss=of_any_size)()
+    slope = 100 if told else 1000
+    meter = FakeMeter(20 * MB, slope=slope, squares=10)
+    limits = {"safety_margin": 0.1, "time_budget": PATIENT}
+    profile = probe(meter, model, accumulates=False, **limits)
+    assert "out of memory" not in {row.note for row in profile.rows}
+    assert max(row.peak_bytes for row in profile.rows) <= 18.5 * MB
+    largest = (math.sqrt(slope**2 + 40 * 18 * MB) - slope) / 20
+    assert 0.85 * largest <= profile.max_batch_size <= largest
+
+
 def test_a_forward_pass_tells_how_large_its_tensors_are():
     model = keras.Sequential(
         [keras.Input((10, 1)), keras.layers.Conv1D(100, 3, padding="same")]
     )
+    model.compile("sgd", "mse")
     example = (tf.zeros([1, 10, 1]), tf.zeros([1, 10, 100]))
     forward = forward_of(model, example)
     assert forward.largest == 10 * 100 * 4
-    assert forward.total >= forward.largest
+    assert forward.totals[0] >= forward.largest
     # Of all bytes nearly all lie in tensors as large as the largest.
     assert 0.95 * forward.largest < forward.typical < forward.largest
     meter = AllocatorMeter(["CPU:0"])
@@ -199,17 +299,48 @@ def test_typical_is_where_most_bytes_are():
     inputs = keras.Input((10,))
     narrow = keras.layers.Dense(30, use_bias=False)(inputs)
     model = keras.Model(inputs, keras.layers.Dense(60, use_bias=False)(narrow))
+    model.compile("sgd", "mse")
     forward = forward_of(model, (tf.zeros([1, 10]), tf.zeros([1, 60])))
     # What comes out of the model is named once more.
     sizes = [40, 120, 240, 240]
-    assert forward.total == sum(sizes)
     assert forward.typical == sum(one * one for one in sizes) / sum(sizes)
+    # Of the loss at least the targets, the difference and its square.
+    [total] = forward.totals
+    assert sum(sizes) + 3 * 240 <= total <= sum(sizes) + 6 * 240
+    assert forward.degree == 1
+
+
+@pytest.mark.parametrize("units", [8, 61, 134])
+def test_a_loss_that_compares_all_examples_is_seen(units):
+    inputs = keras.Input((10,))
+    model = keras.Model(inputs, keras.layers.Dense(units)(inputs))
+    example = tf.zeros([1, 10]), tf.zeros([1], "int32")
+    model.compile("sgd", keras.losses.Circle())
+    forward = forward_of(model, example)
+    assert forward.degree == 2
+    assert forward.typical is None
+    # Cosines, and what says who is alike, of 4 bytes and 1.
+    assert forward.totals[1] >= 4 + 1 and forward.back[1] == 8.0
+    # Without such a loss nothing is one, whatever its shapes are.
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert forward_of(model, example).degree == 1
+
+
+def test_a_loss_that_cannot_be_traced_foretells_nothing():
+    model = compiled(dense, loss=of_any_size)()
+    example = tf.zeros([1, comparing.FEATURES]), tf.zeros([1, 1])
+    assert forward_of(model, example) is None
+    profile = kb.find_max_batch_size(
+        model, *comparing.regression(16), maximum=8
+    )
+    assert profile.max_batch_size == 8
 
 
 def test_what_a_loop_hides_cannot_be_added_up():
     model = keras.Sequential([keras.Input((5, 4)), keras.layers.LSTM(3)])
+    model.compile("sgd", "mse")
     example = (tf.zeros([1, 5, 4]), tf.zeros([1, 3]))
-    assert forward_of(model, example).total is None
+    assert forward_of(model, example).totals == ()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +438,7 @@ def test_sums_of_gradients_must_fit_where_xla_compiles_them():
 
 
 @pytest.mark.parametrize(
-    ("times", "note"), [(4.0, "over the margin"), (10.0, "out of memory")]
+    ("times", "note"), [(4.0, "over the margin"), (6.0, "out of memory")]
 )
 def test_a_ragged_batch_that_does_not_fit_is_no_answer(times, note):
     # Batches of 7800 fit, but not the 2200 of 10,000 examples that are left.
@@ -449,6 +580,21 @@ def test_every_kind_of_input(kind):
 # What it refuses, before it touches anything.
 
 
+@contextlib.contextmanager
+def untouched(model):
+    """Checks that a model and all random states are left as they are."""
+
+    before, functions = comparing.variables_of(model), model.train_function
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    yield
+    after = comparing.variables_of(model)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, name)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+    assert model.train_function is functions
+
+
 def stateful():
     return keras.Sequential(
         [
@@ -483,8 +629,9 @@ def fixed():
 )
 def test_model_of_one_batch_size_is_refused(make, text):
     model = compiled(make)()
-    with pytest.raises(ValueError, match=f"Received: .*{text}"):
-        kb.find_max_batch_size(model, *comparing.regression())
+    with untouched(model):
+        with pytest.raises(ValueError, match=f"Received: .*{text}"):
+            kb.find_max_batch_size(model, *comparing.regression())
 
 
 def test_model_that_took_its_first_batch_for_its_size_is_probed():
@@ -496,8 +643,10 @@ def test_model_that_took_its_first_batch_for_its_size_is_probed():
 
 
 def test_uncompiled_model_is_refused():
-    with pytest.raises(ValueError, match="must be compiled"):
-        kb.find_max_batch_size(dense(), *comparing.regression())
+    model = dense()
+    with untouched(model):
+        with pytest.raises(ValueError, match="must be compiled"):
+            kb.find_max_batch_size(model, *comparing.regression())
     with pytest.raises(TypeError, match="keras.Model"):
         kb.find_max_batch_size("model", *comparing.regression())
 
@@ -516,10 +665,9 @@ def test_data_that_cannot_be_probed_are_refused(kind):
     }[kind]
     y = y[:0] if kind == "empty" else None
     model = make_dense()
-    before = comparing.variables_of(model)
-    with pytest.raises(ValueError, match="Received: "):
-        kb.find_max_batch_size(model, data, y)
-    assert comparing.variables_of(model).keys() == before.keys()
+    with untouched(model):
+        with pytest.raises(ValueError, match="Received: "):
+            kb.find_max_batch_size(model, data, y)
     if kind == "generator":
         assert next(data) is not None
 
@@ -576,8 +724,21 @@ def test_data_that_leave_no_room_are_named():
     meter.is_shared = True
     model = make_dense()
     examples = Examples((x, x[:, :1]), 1000, data_bytes=x.nbytes)
-    with pytest.raises(ValueError, match="(?s)copy of the data.*Received"):
+    with pytest.raises(ValueError, match="(?s)copy of data.*Received"):
         memory.probe(model, examples, memory.Limits(), True, meter)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_model_is_measured_on_the_device_that_it_is_on(index):
+    value = mock.Mock(device=f"/job:localhost/task:0/device:GPU:{index}")
+    variable = mock.Mock(value=value)
+    model = mock.Mock(trainable_variables=[variable])
+    model.distribute_strategy = make_dense().distribute_strategy
+    gpus = [mock.Mock(), mock.Mock()]
+    with mock.patch.object(
+        tf.config, "list_logical_devices", return_value=gpus
+    ):
+        assert memory.devices_of(model) == [f"GPU:{index}"]
 
 
 def test_a_strategy_tells_the_device():

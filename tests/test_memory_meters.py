@@ -110,10 +110,19 @@ def test_the_peak_of_a_process_is_read(host):
     assert _memory_host.resident_bytes() == 5000 * 1024
 
 
-def test_the_peak_since_the_start_is_better_than_none(host):
-    # Nothing in /proc: the system's own account of the process is left.
-    peak = _memory_host.peak_bytes()
-    assert 10 * MB < peak < 2**40
+@pytest.mark.parametrize("forbidden", ["CLEAR", "STATUS"])
+def test_a_peak_since_the_start_is_none_of_a_step(
+    forbidden, host, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(_memory_meters, "_keeps_statistics", lambda _: False)
+    host(STATUS="VmHWM:\t  7000 kB\nVmRSS:\t  5000 kB\n")
+    assert _memory_host.reset_peak()
+    assert type(meter_for(make_dense())) is HostMeter
+    # What cannot be opened, even by root.
+    (tmp_path / forbidden).unlink()
+    (tmp_path / forbidden).mkdir()
+    assert not _memory_host.reset_peak()
+    assert type(meter_for(make_dense())) is Unmeasured
 
 
 def test_a_host_leaves_half_of_what_is_free(monkeypatch):
@@ -205,20 +214,20 @@ def of_statistics(found):
 
 
 @pytest.mark.parametrize(
-    ("statistics", "peak", "kind"),
+    ("statistics", "tells", "kind"),
     [
-        (1000, 5, AllocatorMeter),
-        (0, 5, HostMeter),  # As oneDNN answers.
-        (None, 5, HostMeter),
-        (0, None, Unmeasured),
-        (None, None, Unmeasured),
+        (1000, True, AllocatorMeter),
+        (0, True, HostMeter),  # As oneDNN answers.
+        (None, True, HostMeter),
+        (0, False, Unmeasured),
+        (None, False, Unmeasured),
     ],
 )
-def test_the_best_meter_there_is(statistics, peak, kind, monkeypatch):
+def test_the_best_meter_there_is(statistics, tells, kind, monkeypatch):
     monkeypatch.setattr(
         tf.config.experimental, "get_memory_info", of_statistics(statistics)
     )
-    monkeypatch.setattr(_memory_host, "peak_bytes", lambda: peak)
+    monkeypatch.setattr(_memory_host, "reset_peak", lambda: tells)
     monkeypatch.setattr(_memory_meters, "devices_of", lambda _: ["CPU:0"])
     assert type(meter_for(make_dense())) is kind
 
@@ -232,7 +241,7 @@ def test_the_process_says_nothing_of_an_accelerator(monkeypatch):
 
 def test_a_system_that_tells_nothing_is_probed_all_the_same(monkeypatch):
     monkeypatch.setattr(_memory_meters, "_keeps_statistics", lambda _: False)
-    monkeypatch.setattr(_memory_host, "peak_bytes", lambda: None)
+    monkeypatch.setattr(_memory_host, "reset_peak", lambda: False)
     profile = kb.find_max_batch_size(
         make_dense(), *comparing.regression(48), memory_limit=10**9
     )

@@ -16,6 +16,7 @@ from fake_memory import FakeWorkload
 
 import keras_batchsize as kb
 from keras_batchsize import _memory_compare
+from keras_batchsize import exhaustion
 from keras_batchsize import memory
 from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
@@ -154,6 +155,134 @@ def test_sums_of_gradients_fit_where_a_trainer_probes(monkeypatch):
     assert 0.85 * 950 <= plain <= 950
     assert 0.85 * 475 <= summed <= 475
     assert ("sums", summed) in meter.ran
+
+
+@pytest.mark.parametrize("may_fail", [True, False])
+@pytest.mark.parametrize("trains", ["adaptive", "plain"])
+def test_a_probe_holds_what_training_always_holds(
+    may_fail, trains, monkeypatch
+):
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "1" if may_fail else "0")
+    held, hold = [], exhaustion.HeldValues
+    monkeypatch.setattr(
+        exhaustion, "HeldValues", lambda which: held.append(1) or hold(which)
+    )
+    model, guards = make(), trains == "adaptive"
+    examples = read_examples(model, *comparing.regression(16))
+    with Workload(model, examples, FakeMeter(None), guards) as workload:
+        workload.train(8)
+    # Each of its calls, as long as training does.
+    assert bool(held) == (may_fail and guards)
+
+
+def test_a_fit_that_probes_says_what_it_can_be_told(monkeypatch):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(memory, "meter_for", lambda model: FakeMeter(900))
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    monkeypatch.setattr(FakeMeter, "bytes_of", lambda *_: 1000)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    data = comparing.regression(64)
+    with pytest.raises(memory.NothingFits) as caught:
+        trainer.fit(*data, batch_size=8, verbose=0)
+    text = str(caught.value)
+    assert text.startswith("No batch size fits: a batch of 1 ")
+    assert "Received: max_batch_size=None" in text
+    assert "safety_margin" not in text and "memory_limit" not in text
+    # Its remedy is one.
+    trainer = kb.AdaptiveTrainer(
+        make(), policy="fixed", max_batch_size=32, verbose=0
+    )
+    trainer.fit(*data, batch_size=8, verbose=0)
+
+
+@pytest.fixture
+def finds(monkeypatch):
+    """Returns a function that says what the next probes find."""
+
+    def say(*profiles):
+        found_next = iter(profiles)
+        monkeypatch.setattr(
+            memory, "find_max_batch_size", lambda *_, **__: next(found_next)
+        )
+
+    return say
+
+
+def largest_of(trainer):
+    return trainer.get_state()["largest_micro_batch_size"]
+
+
+def test_a_new_profile_may_raise_the_limit_of_an_earlier_one(finds):
+    finds(found(4), found(16))
+    data = comparing.regression(64)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    for largest in (4, 16):
+        trainer.probe(*data)
+        trainer.fit(*data, batch_size=32, verbose=0)
+        assert largest_of(trainer) == largest
+    # It is new once: what training found out afterwards stays.
+    state = trainer.get_state()
+    trainer.set_state({**state, "largest_micro_batch_size": 2})
+    for _ in range(2):
+        trainer.fit(*data, batch_size=32, verbose=0)
+        assert largest_of(trainer) == 2
+        assert trainer.plan.micro_batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("reason", "examples", "change", "holds"),
+    [
+        ("memory", 64, None, True),
+        ("memory", 128, None, True),
+        ("dataset", 64, None, True),
+        ("dataset", 32, None, True),
+        # There were no more, that is all.
+        ("dataset", 128, None, False),
+        ("memory", 64, "shape", False),
+        ("memory", 64, "dtype", False),
+        ("memory", 64, "targets", False),
+    ],
+)
+def test_a_profile_is_of_its_data(reason, examples, change, holds, finds):
+    inputs = keras.Input((None,))
+    mean = keras.layers.Lambda(
+        lambda x: keras.ops.mean(keras.ops.cast(x, "float32"), -1, True)
+    )(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(mean))
+    model.compile("sgd", lambda y, guess: keras.ops.mean((y - guess) ** 2, -1))
+    finds(found(8, reason=reason))
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+    trainer.probe(*comparing.regression(64))
+    x, y = comparing.regression(examples)
+    if change == "shape":
+        x = x[:, 1:]
+    if change == "dtype":
+        x = x.astype("int32")
+    if change == "targets":
+        y = np.repeat(y, 3, axis=1)
+    trainer.fit(x, y, batch_size=32, verbose=0)
+    assert largest_of(trainer) == (8 if holds else None)
+
+
+def test_other_data_lift_the_limit_of_a_profile(finds):
+    finds(found(8, reason="dataset"))
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    trainer.probe(*comparing.regression(8))
+    trainer.fit(*comparing.regression(8), batch_size=32, verbose=0)
+    assert largest_of(trainer) == 8
+    trainer.fit(*comparing.regression(64), batch_size=32, verbose=0)
+    assert largest_of(trainer) is None
+
+
+def test_what_can_be_read_once_is_not_read_for_a_profile(finds):
+    finds(found(8))
+    x, y = comparing.regression(64)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    trainer.probe(x, y)
+    batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
+    trainer.fit(batches, batch_size=8, steps_per_epoch=8, verbose=0)
+    assert trainer.report.rows[-1].examples == 64
+    assert largest_of(trainer) == 8
 
 
 @pytest.mark.parametrize("how", ["one size", "stateful"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 
 import numpy as np
@@ -98,9 +99,9 @@ def test_largest_on_ladder_is_never_below_the_base():
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
-@pytest.mark.parametrize("micro", [1, 5, 32, 1024])
-@pytest.mark.parametrize("batch_size", [1, 2, 31, 64, 1000])
-def test_a_plan_covers_the_batch_with_as_few_pieces_as_fit(
+@pytest.mark.parametrize("micro", [1, 5, 32, 600, 1024])
+@pytest.mark.parametrize("batch_size", [1, 2, 31, 64, 96, 1000, 1024])
+def test_a_plan_covers_the_batch_with_few_pieces_that_fit(
     batch_size, micro, replicas
 ):
     plan = plan_for(batch_size, micro, replicas)
@@ -109,8 +110,28 @@ def test_a_plan_covers_the_batch_with_as_few_pieces_as_fit(
     assert plan.batch_size == batch_size
     assert plan.micro_batch_size <= micro
     assert batch_size <= plan.accumulation_steps * piece < batch_size + piece
-    # One round fewer of the largest pieces that fit would not cover it.
-    assert (plan.accumulation_steps - 1) * replicas * micro < batch_size
+    # By counting: the fewest rounds, and the fewest of equal pieces.
+    share = math.ceil(batch_size / replicas)
+    fewest = next(n for n in itertools.count(1) if n * micro >= share)
+    equal = next(n for n in range(fewest, share + 1) if share % n == 0)
+    chosen = equal if equal < 2 * fewest else fewest
+    assert math.ceil(share / plan.micro_batch_size) == chosen
+    if chosen == equal:
+        assert share == chosen * plan.micro_batch_size
+
+
+@pytest.mark.parametrize("base", [1, 32, 48])
+@pytest.mark.parametrize("largest", [1, 3, 5, 24, 100, 600])
+def test_pieces_leave_no_rest_of_a_superbatch(base, largest):
+    # As XLA asks. Of a base that is odd there may be too few divisors.
+    for batch_size, at_hand in itertools.product(
+        Ladder(base, 1, 4096).sizes, repeat=2
+    ):
+        plan = plan_for(batch_size, largest, superbatch_size=at_hand)
+        micro, cut = plan.micro_batch_size, min(batch_size, at_hand)
+        assert micro <= min(largest, cut)
+        assert batch_size % micro == at_hand % micro == 0
+        assert cut / micro < 2 * math.ceil(cut / largest)
 
 
 BASE = {"batch_size": 32, "min_batch_size": 8, "max_batch_size": 128}

@@ -278,6 +278,30 @@ def test_a_measurement_that_is_too_large_is_no_surprise(monkeypatch):
     assert trainer.noise_scale.trace > 0.0
 
 
+class RaggedIsLarge(TooLarge):
+    """Fails on the ragged batch alone: XLA, say, does not compile that."""
+
+    def _check(self, x, size):
+        if size == 6:
+            raise MemoryError("made up")
+        return x
+
+
+def test_a_ragged_tail_that_is_too_large_is_no_surprise(monkeypatch):
+    # Whole batches have run often; the last one, of six examples, has not.
+    monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 0)
+    inputs = keras.Input((comparing.FEATURES,))
+    hidden = RaggedIsLarge(0)(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile("sgd", "mse")
+    trainer = kb.AdaptiveTrainer(
+        model, "fixed", superbatch_size=8, max_batch_size=8, verbose=0
+    )
+    with pytest.warns(RuntimeWarning, match="Memory ran out"):
+        trainer.fit(*comparing.regression(), batch_size=8, verbose=0)
+    assert float(model.layers[1].seen.value) == comparing.EXAMPLES
+
+
 def test_other_workers_are_not_left_waiting():
     guard = _train_function_memory.MemoryGuard(of_limited(1)(), False)
 

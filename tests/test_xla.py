@@ -14,7 +14,14 @@ from comparing import adaptive
 from comparing import compiled
 from comparing import dense
 from comparing import plain
+from fake_memory import FakeMeter
 
+import keras_batchsize as kb
+from keras_batchsize import memory
+from keras_batchsize._memory_examples import read_examples
+from keras_batchsize._memory_workload import Workload
+from keras_batchsize.batch_profile import BatchProfile
+from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.policies import BatchSizeSchedule
 
 optimizers = keras.optimizers
@@ -109,6 +116,51 @@ def test_size_changes_equal_those_without_xla_and_compile_once_per_size(graphs):
     # measured on whole superbatches.
     assert xla.traces == 3 + 1 + 1
     assert ours.history["batch_size"] == 2 * sizes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "fits", "micro"), [(32, 20, 16), (64, 20, 16), (8, 3, 2)]
+)
+def test_what_is_cut_after_a_probe_stays_compiled(
+    batch_size, fits, micro, graphs, monkeypatch
+):
+    # Of 64 examples none is left over: pieces of 20 would leave some.
+    rows = [
+        ProfileRow(size, 1, None, 0.001 * size, True) for size in (1, fits)
+    ]
+    monkeypatch.setattr(
+        memory,
+        "find_max_batch_size",
+        lambda *_, **__: BatchProfile(rows, fits, "memory"),
+    )
+    data = comparing.regression(64)
+    trainer = kb.AdaptiveTrainer(
+        momentum(jit_compile=True)(),
+        BatchSizeSchedule({0: batch_size}),
+        superbatch_size=SUPERBATCH,
+        max_batch_size=64,
+        verbose=0,
+    )
+    trainer.probe(*data)
+    trainer.fit(*data, batch_size=BASE, verbose=0)
+    assert trainer.plan.batch_size == batch_size
+    assert trainer.plan.micro_batch_size == micro
+    # One graph, of XLA's, and none without it.
+    assert graphs[0].traces == 1
+    assert graphs[0]._accumulate_xla.experimental_get_tracing_count() == 1
+
+
+def test_the_ragged_tail_is_probed_as_it_is_trained():
+    model = momentum(jit_compile=True)()
+    examples = read_examples(model, *comparing.regression(BASE))
+    with Workload(model, examples, FakeMeter(None), False) as workload:
+        graphs = workload._graphs
+        workload.train(BASE)
+        assert graphs.traces == 1
+        workload.finish_epoch(BASE, 3)
+        # As in training, `test_fixed_size_equals_plain_fit`.
+        assert graphs.traces == 2
+        assert graphs._plain.experimental_get_tracing_count() == 1
 
 
 def halves(policy):
