@@ -207,8 +207,11 @@ class DynamicBatchSize(keras.callbacks.Callback):
         """Adds batch size, noise scale and speed to the logs."""
         function = self._train_function
         controller = function.controller
-        if controller is None or self._has_ended:
+        if self._has_ended:
             return  # A `BackupAndRestore` has been here first.
+        if controller is None:
+            self.close()
+            _checks.enough_examples(0, "an epoch")
         self._has_ended = True
         function.finish_pending()
         # Who goes on from what others save knows the optimizer's rate only.

@@ -602,6 +602,28 @@ def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_source_that_is_not_read_ahead_may_not_be_empty():
+    # A Python generator may be used up; when the epoch is over, it shows.
+    model = trained()
+    before = state_of(model)
+    nothing = tf.data.Dataset.from_generator(
+        lambda: iter(()),
+        output_signature=tuple(
+            tf.TensorSpec(data.shape[1:], data.dtype) for data in (X, Y)
+        ),
+    )
+    for fit_on in (
+        lambda data: fit(model, data, None),
+        lambda data: model.fit(
+            data, callbacks=[kb.DynamicBatchSize()], verbose=0, shuffle=False
+        ),
+    ):
+        with pytest.raises(ValueError, match="at least 2 examples"):
+            fit_on(nothing.batch(BASE))
+        assert_as_it_was(model, before)
+
+
 class TwoOptimizers(OwnStep):
     """As a GAN: the optimizer it is compiled with is not the only one."""
 
