@@ -544,37 +544,34 @@ def test_diverging_trials_are_completed_with_a_finite_objective(
         assert metrics_of(trial)["examples_seen"] < 1024
 
 
-@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
-def test_who_never_arrives_has_seen_more_than_the_data_in_batches(tmp_path):
-    # The first superbatch ends it: the length of an epoch is not seen.
+def ended_at_once(folder, data):
+    """Returns a trial, by examples, that its first superbatch ends."""
     tuner = search(
-        tmp_path,
+        folder,
         kbt.AdaptiveHyperModel(
             lambda hp: build(hp, rate=1e30), space(), TARGET
         ),
         objective=("examples_to_target", "min"),
         max_trials=1,
-        fit={"x": Batches(), "y": None},
+        fit={"x": data, "y": None},
     )
     (trial,) = trials_of(tuner)
+    return trial
+
+
+@pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
+def test_who_never_arrives_has_seen_more_than_the_data_in_batches(tmp_path):
+    # The length of an epoch is not seen.
+    trial = ended_at_once(tmp_path, Batches())
     assert 2 * 1024 < trial.score <= 4 * 1024
 
 
 @pytest.mark.filterwarnings("ignore:The loss became nan:RuntimeWarning")
 def test_who_sees_no_end_of_the_data_has_an_objective_all_the_same(tmp_path):
-    endless = tf.data.Dataset.from_tensor_slices((X, Y)).filter(
-        lambda x, y: True
+    known = tf.data.Dataset.from_tensor_slices((X, Y))
+    trial = ended_at_once(
+        tmp_path, known.filter(lambda x, y: True).batch(32)
     )
-    tuner = search(
-        tmp_path,
-        kbt.AdaptiveHyperModel(
-            lambda hp: build(hp, rate=1e30), space(), TARGET
-        ),
-        objective=("examples_to_target", "min"),
-        max_trials=1,
-        fit={"x": endless.batch(32), "y": None},
-    )
-    (trial,) = trials_of(tuner)
     assert trial.status == "COMPLETED", trial.message
     assert trial.score > metrics_of(trial)["examples_seen"]
 
