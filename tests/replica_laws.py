@@ -53,16 +53,17 @@ LAWS = {}
 # With four only what depends on how many there are: even and uneven shares are
 # those of two and three.
 REPLICAS = (2, 3, 4)
+MOST_LAWS = (2, 3)
 
 # Of all weights and logs, to be compared between workers.
 DIGESTS = []
 
 
 def law(*replica_numbers):
-    """Registers a law; where numbers of replicas are given, for these only."""
+    """Registers a law for so many replicas, for two and three as a rule."""
 
     def register(function):
-        LAWS[function.__name__] = (function, replica_numbers or REPLICAS)
+        LAWS[function.__name__] = (function, replica_numbers or MOST_LAWS)
         return function
 
     return register
