@@ -88,8 +88,12 @@ def _traced(model, example, training, size):
     of_model = []
 
     def call(x, y, sample_weight):
+        graph = tf.compat.v1.get_default_graph()
+        given = len(graph.get_operations())  # Targets and weights, too.
         y_pred = model(x, training=training)
-        of_model[:] = tf.compat.v1.get_default_graph().get_operations()
+        of_model[:] = tf.nest.flatten(x, expand_composites=True)
+        for operation in graph.get_operations()[given:]:
+            of_model.extend(operation.outputs)
         loss = keras_private.compute_loss(
             model, x, y, y_pred, sample_weight, training
         )
@@ -112,7 +116,7 @@ def _read(concrete, of_model, size):
 
     Args:
         concrete: The traced function.
-        of_model: List of its operations that belong to the model.
+        of_model: List of its tensors that the model takes and makes.
         size: Integer, examples in the batch that it was traced for.
     """
     operations = concrete.graph.get_operations()
@@ -126,12 +130,11 @@ def _read(concrete, of_model, size):
         one.type in _HIDING or "PartitionedCall" in one.type
         for one in operations
     )
-    of_model = [one for each in of_model for one in each.outputs]
     typical = None
     if degree == 1 and not _depend_on_data(of_model):
         # What comes out of the model is named once more.
-        of_model += concrete.outputs
-        typical = _weighted_mean(_bytes_of(of_model, size)) / size
+        named = [*of_model, *concrete.outputs]
+        typical = _weighted_mean(_bytes_of(named, size)) / size
     known = not hides and not _depend_on_data(outputs)
     return Forward(
         largest=max(sizes[0], default=0.0),
