@@ -281,7 +281,8 @@ class AdaptiveTrainer:
             # Statistics are of one base size; a schedule just goes on.
             last.clock.start_epoch()
             controller.clock.steps = last.clock.steps
-        if state is not None or goes_on:
+        # One that has not begun will ask the optimizer for its steps.
+        if controller.examples or controller.clock.steps:
             # And from what a plain `fit` did in between.
             controller.clock.steps += self._last_optimizer.steps_since(
                 self.model

@@ -297,6 +297,27 @@ def test_a_schedule_goes_on_where_the_next_fit_has_another_base_size():
         assert row.learning_rate == pytest.approx(0.01)
 
 
+def test_a_schedule_goes_on_after_a_fit_that_did_not_begin():
+    # Eight updates, a fit that fails, and eight more.
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([10], [0.1, 0.01])
+    model = dense()
+    model.compile(keras.optimizers.SGD(rate), "mse")
+    trainer = kb.AdaptiveTrainer(model, "fixed", superbatch_size=8, verbose=0)
+    data = regression(64)
+
+    def fail(logs):
+        raise KeyboardInterrupt
+
+    failing = keras.callbacks.LambdaCallback(on_train_begin=fail)
+    model.fit(*data, batch_size=8, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(*data, batch_size=8, verbose=0, callbacks=[failing])
+    model.fit(*data, batch_size=8, verbose=0)
+    trainer.fit(*data, batch_size=8, verbose=0)
+
+    assert trainer.report.rows[0].learning_rate == pytest.approx(0.01)
+
+
 class PreparesItsInput(keras.Sequential):
     def fit(self, x, *args, **kwargs):
         return super().fit(tf.constant(x), *args, **kwargs)
