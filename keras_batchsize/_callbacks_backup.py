@@ -108,7 +108,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def _iterations(self):
         """Updates made: the weights of a backup are known by them."""
-        return number(self.model.optimizer.iterations)
+        optimizer = self.model.optimizer
+        # A `train_step` of one's own may do without.
+        return 0 if optimizer is None else number(optimizer.iterations)
 
     def on_train_end(self, logs=None):
         """Removes the folder, unless it is to be kept."""

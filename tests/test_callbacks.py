@@ -692,6 +692,25 @@ def test_a_backup_is_made_between_epochs_too(tmp_path):
     assert not list(tmp_path.glob("*.new"))
 
 
+class WithoutOptimizer(keras.Model):
+    """Trains by hand, if at all."""
+
+    def train_step(self, data):
+        return {"loss": 0.0}
+
+
+def test_a_backup_of_a_model_without_optimizer_is_that_of_keras(tmp_path):
+    inputs = keras.Input(X.shape[1:])
+    model = WithoutOptimizer(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(optimizer=None)
+
+    backup = kb.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    _, history = fit([backup], model, epochs=2)
+
+    assert history["loss"] == [0.0, 0.0]
+    assert list(tmp_path.glob("*.weights.h5"))
+
+
 def test_a_backup_without_our_callbacks_is_that_of_keras(tmp_path):
     backup = kb.BackupAndRestore(tmp_path, delete_checkpoint=False)
 
