@@ -200,11 +200,6 @@ class MeasuringSchedule:
         """Seconds of them that measuring took, the first few apart."""
         return self._spent
 
-    @property
-    def share(self):
-        """Share of the training time that measuring took so far."""
-        return self._spent / self._elapsed if self._elapsed else 0.0
-
     def get_state(self):
         """Returns the account as plain JSON types."""
         return {

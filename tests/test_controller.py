@@ -639,7 +639,7 @@ def record(policy, resumed_at=()):
                 controller.noise_scale,
                 controller.step_time,
                 controller.learning_rate_factor,
-                controller.measuring.share,
+                controller.measuring.spent,
                 controller.examples,
                 controller.updates,
                 controller.base_steps,
