@@ -23,6 +23,8 @@ def checked_graphs(team, model, controller, data, cuts=False):
     """
     sizes = _sizes_under(controller)
     accumulates = max(sizes) > controller.superbatch_size
+    # The size may grow to what memory does not hold at once.
+    cuts = cuts or max(sizes) > controller.speed.largest
     cuts = cuts or controller.plan.accumulation_steps > 1
     measures = controller.measures or accumulates or cuts
     causes = _causes(controller, team.replicated, accumulates, cuts)
@@ -87,7 +89,8 @@ def _causes(controller, replicated, accumulates, cuts):
         found.append((f"max_batch_size={controller.ladder.maximum}", edit))
     elif cuts:
         size = controller.largest_micro_batch_size
-        edit = f"use batch_size={size}"
+        is_base = controller.ladder.base > size
+        edit = f"use {'batch_size' if is_base else 'max_batch_size'}={size}"
         found.append((f"memory for {size} examples", edit))
     return found
 

@@ -229,6 +229,53 @@ def test_a_new_profile_may_raise_the_limit_of_an_earlier_one(finds):
         assert trainer.plan.micro_batch_size == 2
 
 
+GROWING = {
+    "schedule": lambda: kb.policies.BatchSizeSchedule({0: 8, 1: 64}),
+    "fixed": lambda: kb.policies.Fixed(64),
+}
+
+
+def grown(policy, probed, make_model=make):
+    """Trains at sizes that grow, perhaps with what a probe has found."""
+    trainer = kb.AdaptiveTrainer(
+        comparing.seeded(make_model), policy, "none", verbose=0
+    )
+    data = comparing.regression(1024)
+    if probed:
+        trainer.probe(*data)
+    trainer.fit(*data, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    return trainer
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_size_may_grow_past_what_was_probed(name, finds):
+    finds(found(16))
+    ours, theirs = (grown(GROWING[name](), probed) for probed in (True, False))
+    row = ours.report.rows[-1]
+    assert (row.batch_size, row.micro_batch_size) == (64, 16)
+    # Sums of micro-batches are rounded otherwise.
+    for one, two in zip(ours.model.get_weights(), theirs.model.get_weights()):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+class OwnStep(keras.Model):
+    """Computes its gradients where nobody can see them."""
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_what_cannot_be_cut_may_not_grow_past_what_was_probed(finds):
+    def make_model():
+        inputs = keras.Input((comparing.FEATURES,))
+        return OwnStep(inputs, keras.layers.Dense(1)(inputs))
+
+    finds(found(16))
+    with pytest.raises(ValueError, match="memory for 16 examples") as caught:
+        grown(GROWING["schedule"](), True, compiled(make_model))
+    assert "Or use max_batch_size=16: no gradients" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("reason", "examples", "change", "holds"),
     [
