@@ -33,9 +33,10 @@ def checked_graphs(team, model, controller, data, cuts=False):
         requirements.check_parts(model)
     else:
         # A loss that can be cut into parts is no sum.
-        requirements.check_growth(model, sizes, _size_of_the_rate(controller))
+        size_of_the_rate = _size_of_the_rate(controller)
+        requirements.check_growth(model, sizes, size_of_the_rate)
         if controller.rule is not scaling.none:
-            requirements.check_optimizers(model, sizes)
+            requirements.check_optimizers(model, sizes, size_of_the_rate)
     requirements.check_sizes(model, sizes)
     team.tell_cost_of(controller.ladder.base)
     sample = team.sample(data)

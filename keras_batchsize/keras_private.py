@@ -156,6 +156,23 @@ def compiled(model):
     return model._compile_config
 
 
+def attributes_of(model):
+    """Returns what was assigned to a model, a dict.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        Its attributes, without those in which TensorFlow lists what has been
+        assigned, also where something else has taken its place.
+    """
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if not name.startswith("_self_")
+    }
+
+
 def remat_mode(layer):
     """Returns what a `keras.RematScope` told a layer to compute twice.
 

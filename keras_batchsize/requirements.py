@@ -151,7 +151,7 @@ def check_growth(model, sizes, size_of_the_rate):
         )
 
 
-def check_optimizers(model, sizes):
+def check_optimizers(model, sizes, size_of_the_rate):
     """Raises if a model has optimizers whose learning rate would stay.
 
     A model with its own `train_step` may hold several, as a GAN does. Only the
@@ -160,24 +160,26 @@ def check_optimizers(model, sizes):
     Args:
         model: A compiled Keras model.
         sizes: Sizes that updates may have, in examples, at rates of their own.
+        size_of_the_rate: Size that the learning rate was meant for.
 
     Raises:
-        ValueError: If there are others, and more than one size.
+        ValueError: If there are others, and a size is another than that.
     """
     compiled = learning_rate.optimizers_inside(model.optimizer)
     compiled.append(model.optimizer)
-    others = sorted(
+    names = sorted(
         name
-        for name, value in vars(model).items()
-        if isinstance(value, keras.optimizers.Optimizer)
-        and not any(value is one for one in compiled)
+        for name, value in learning_rate.optimizers_of(model).items()
+        if not any(value is one for one in compiled)
     )
-    if others and len({*sizes}) > 1:
+    others = sorted({*sizes} - {size_of_the_rate})
+    if names and others:
         raise ValueError(
             "A model must have one optimizer where the learning rate follows "
             "the batch size: that of others would stay. Received: "
-            f"{' and '.join(others)} beside the compiled optimizer, and "
-            f"updates of {min(sizes)} to {max(sizes)} examples. Use "
+            f"{' and '.join(names)} beside the compiled optimizer, and "
+            f"updates of {' or '.join(map(str, others))} examples with the "
+            f"rate for {size_of_the_rate}. Use "
             'learning_rate_scaling="none" and set their rates yourself, in '
             "`on_epoch_begin` of a callback, say."
         )

@@ -647,6 +647,50 @@ def test_several_optimizers_get_no_rate_that_only_one_would_follow():
     fit(model, policy=schedule)
 
 
+class Several(OwnStep):
+    """Holds optimizers beside the one it is compiled with."""
+
+    def __init__(self, **held):
+        super().__init__()
+        for name, value in held.items():
+            setattr(self, name, value)
+
+
+HELD = {
+    "critic": lambda: {"critic": keras.optimizers.Adam(1e-3)},
+    "critics['one']": lambda: {"critics": {"one": keras.optimizers.Adam()}},
+    "critics[0]": lambda: {"critics": [keras.optimizers.Adam(1e-3)]},
+    "critics[1][0]": lambda: {"critics": (None, [keras.optimizers.Adam()])},
+}
+
+
+def by_static_scaling(model):
+    scaling = kb.LearningRateScaling("linear", BASE, 4 * BASE)
+    model.fit(X, Y, 4 * BASE, callbacks=[scaling], verbose=0)
+
+
+def by_a_fixed_size(model):
+    sizes = {"policy": kb.policies.Fixed(4 * BASE), "max_batch_size": 4 * BASE}
+    fit(model, **sizes)
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("fit_model", [by_static_scaling, by_a_fixed_size])
+def test_one_size_is_another_than_that_of_the_rate(fit_model, name):
+    model = compiled(Several(**HELD[name]()))
+    with pytest.raises(ValueError, match="Received: ") as why:
+        fit_model(model)
+    assert f"Received: {name} beside the compiled optimizer" in str(why.value)
+    assert "32 examples with the rate for 8" in str(why.value)
+
+
+def test_what_is_held_twice_or_no_more_is_no_other_optimizer():
+    model = compiled(Several(critic=keras.optimizers.Adam()))
+    model.critic = None
+    model.all = [model.optimizer]
+    by_a_fixed_size(model)
+
+
 def test_bounds_that_a_policy_does_not_use_ask_for_no_cutting():
     sizes = {"superbatch_size": 2 * BASE, "max_batch_size": 4 * BASE}
     fit(compiled(OwnStep()), policy="fixed", **sizes)

@@ -340,6 +340,20 @@ def test_compile_makes_a_new_object_each_time():
     )
 
 
+def test_tensorflow_lists_what_was_assigned_in_attributes_of_its_own():
+    from keras_batchsize import keras_private
+
+    model = compiled(dense)()
+    model.critic = critic = keras.optimizers.Adam()
+    model.critic = None
+    hidden = {*vars(model)} - {*keras_private.attributes_of(model)}
+    message = changed("_self_", "attributes_of")
+    assert keras_private.attributes_of(model)["critic"] is None, message
+    assert hidden and all(one.startswith("_self_") for one in hidden), message
+    listed = model._self_unconditional_checkpoint_dependencies
+    assert any(one.ref is critic for one in listed), message
+
+
 def test_compile_loss_has_a_metric_for_each_of_several_outputs():
     message = changed("_compile_loss", user("_compile_loss"))
     model = comparing.in_two_outputs(lambda: "sgd")()
