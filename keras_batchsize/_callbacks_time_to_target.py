@@ -167,6 +167,7 @@ class TimeToTarget(keras.callbacks.Callback):
         self.budget_epochs = None
         self.epoch_examples = 0
         self._state = None
+        self._name = None
         self._restart()
 
     def _restart(self):
@@ -225,12 +226,17 @@ class TimeToTarget(keras.callbacks.Callback):
         elif self._book_superbatch not in function.on_superbatch:
             # Keras calls back once for several with `steps_per_execution`.
             function.on_superbatch.append(self._book_superbatch)
+            self._name = self._name_beside(function.tally.keeps)
             function.tally.keeps[self._name] = self.get_state
 
-    @property
-    def _name(self):
-        """Under which a backup has its state: there may be two."""
-        return f"TimeToTarget {self.monitor} {self.target}"
+    def _name_beside(self, others):
+        """Returns under which name a backup has its state.
+
+        Its place tells it from those alike, not its budget: a training may be
+        resumed with more of that.
+        """
+        name = f"TimeToTarget {self.monitor} {self.mode} {self.target} "
+        return name + str(sum(one.startswith(name) for one in others))
 
     def on_train_batch_end(self, batch, logs=None):
         """Ends training where the budget is spent."""

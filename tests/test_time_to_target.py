@@ -39,6 +39,16 @@ class Told(keras.callbacks.Callback):
         logs.update({name: one[epoch] for name, one in self.values.items()})
 
 
+class Continues(keras.callbacks.Callback):
+    """Lets training go on at the end of an epoch, whoever would stop it."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = False
+
+
 def train(callback, epochs, values, **arguments):
     """Trains by plain `fit` with given values of `val_accuracy`."""
     return (
@@ -420,6 +430,35 @@ def test_the_clock_of_a_training_that_is_resumed_goes_on(
         "examples_to_target",
     ):
         assert resumed[name] == expected[name][2:], name
+
+
+@pytest.mark.parametrize("fit", [by_trainer, by_callbacks])
+def test_two_that_differ_in_their_budgets_alone_resume_as_themselves(
+    fit, tmp_path
+):
+    def interrupt(epoch, logs):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    # The target is reached in the second epoch, over the second one's budget.
+    budgets = None, 256
+    for others in [
+        [keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)],
+        [],
+    ]:
+        two = [
+            kb.TimeToTarget("val_accuracy", 0.9, 1000, budget_examples=one)
+            for one in budgets
+        ]
+        told = Told(val_accuracy=[0.5, 0.95, 0.3, 0.2])
+        # Who has arrived, or may not go on, would end the training before.
+        goes_on = Continues()
+        if others:
+            with pytest.raises(KeyboardInterrupt):
+                fit([told, *two, goes_on, *others], tmp_path / "backup")
+        else:
+            fit([told, *two, goes_on], tmp_path / "backup")
+        assert [one.reached for one in two] == [True, False]
 
 
 def test_copies_start_anew():
