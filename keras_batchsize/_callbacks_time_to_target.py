@@ -297,7 +297,9 @@ class TimeToTarget(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Warns where there was nothing to watch."""
-        if self._logged and not self._is_logged:
+        # Before a resumption it may have been there.
+        was_there = self._is_logged or self._best is not None
+        if self._logged and not was_there:
             warnings.warn(
                 f"`TimeToTarget` conditioned on metric `{self.monitor}` which "
                 "was not available in any epoch, so that the target was not "

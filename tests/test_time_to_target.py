@@ -506,6 +506,15 @@ def test_a_monitor_that_never_was_there_is_warned_of():
         regressor().fit(X, Y, verbose=0, callbacks=[callback])
 
 
+def test_a_monitor_that_was_there_before_is_not_warned_of():
+    first = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+    train(first, 1, [0.5])
+    second = kb.TimeToTarget("val_accuracy", 0.9, budget=10)
+    second.set_state(first.get_state())
+    # No epoch that is left has a validation; warnings are errors.
+    regressor().fit(X, Y, verbose=0, callbacks=[second])
+
+
 def test_validation_may_be_left_out_of_an_epoch():
     callback = kb.TimeToTarget("val_loss", 1e-9, budget=10)
     history = regressor().fit(
