@@ -81,3 +81,30 @@ def _leaves_and_examples(element, model):
         if getattr(leaf, "shape", None) is not None
         and leaf.shape.rank is not None
     ]
+
+
+def starting_over(dataset, steps):
+    """Lets a dataset start over where it ends together with an epoch.
+
+    Keras makes a new iterator after a known number of steps. Where that is not
+    known, an epoch that begins where the data have ended would be empty. Where
+    they end within an epoch it ends, too, and Keras warns.
+
+    Args:
+        dataset: A `tf.data.Dataset`.
+        steps: Elements in an epoch.
+
+    Returns:
+        A `tf.data.Dataset`.
+    """
+
+    def goes_on(position, one):
+        index, _ = one
+        return tf.logical_or(index > 0, position % steps == 0)
+
+    again = dataset.enumerate().repeat().enumerate().take_while(goes_on)
+    options = tf.data.Options()
+    # Data are not to be read again before an epoch asks for them: what they
+    # are may change in between, by a callback, say.
+    options.experimental_optimization.inject_prefetch = False
+    return again.map(lambda position, one: one[1]).with_options(options)

@@ -28,6 +28,7 @@ from keras_batchsize._superbatches_batched import DEFAULT_BATCH_SIZE
 from keras_batchsize._superbatches_batched import Batched
 from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_batched import check_enough
+from keras_batchsize._superbatches_datasets import starting_over
 from keras_batchsize._superbatches_optionals import has_optionals
 from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
@@ -118,6 +119,8 @@ class Superbatches(keras_private.DataAdapter):
             # What is read apart cannot be cut short at the same place.
             sizes = self._sizes[:1] if self._copies else self._sizes
             dataset = dataset.rebatch(sizes).prefetch(tf.data.AUTOTUNE)
+            if self._starts_over:
+                dataset = starting_over(dataset, self._most_steps)
         return dataset
 
     @property
@@ -125,6 +128,8 @@ class Superbatches(keras_private.DataAdapter):
         """Superbatches in one pass over the data, or None if not known."""
         if self._bounds is None or self._copies == 1:
             return None  # Until the last worker has read all its files.
+        if self._starts_over:
+            return None  # Keras would start over after so many.
         if self._sizes is None:
             return self._adapter.num_batches
         least, most = (self._superbatches_of(count) for count in self._bounds)
@@ -133,8 +138,22 @@ class Superbatches(keras_private.DataAdapter):
     @property
     def may_hold_more(self):
         """Whether an epoch may have more superbatches than `num_batches`."""
-        is_told = self._has_steps or self._sizes is None
+        is_told = self._most_steps is not None or self._sizes is None
         return self._is_guess and not is_told and self.num_batches is not None
+
+    @property
+    def _most_steps(self):
+        """Superbatches after which Keras ends an epoch anyway, or None."""
+        given = self.steps_per_epoch if self._has_steps else None
+        limits = given, keras.config.max_steps_per_epoch()
+        return min(filter(None, limits), default=None)
+
+    @property
+    def _starts_over(self):
+        """Whether the data start over by themselves, not by a guess."""
+        is_cut = self._is_guess and self._sizes is not None
+        is_known = self._bounds is not None and not self._copies
+        return is_cut and is_known and self._most_steps is not None
 
     def _superbatches_of(self, examples):
         rounds, rest = divmod(examples, sum(self._sizes))

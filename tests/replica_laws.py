@@ -756,12 +756,13 @@ def every_kind_of_input(strategy):
                 yield x[start : start + 10], y[start : start + 10]
 
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(10)
-    theirs = plain(momentum(), x, y, batch_size=10, epochs=1, shuffle=False)
+    theirs = plain(momentum(), x, y, batch_size=10, epochs=2, shuffle=False)
     for data, steps in (
         (dataset, None),
         (dataset.filter(lambda x, y: True), None),  # Of unknown length.
         (batches(), 7),
         (Batches(), None),
+        (Batches(), 7),
     ):
         ours = adaptive(
             under(strategy, momentum()),
@@ -770,7 +771,7 @@ def every_kind_of_input(strategy):
             batch_size=10,
             superbatch_size=superbatch_of(strategy, 10),
             steps_per_epoch=steps,
-            epochs=1,
+            epochs=2,
             shuffle=False,
         )
         comparing.assert_close(ours, theirs, RTOL)

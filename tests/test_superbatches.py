@@ -464,6 +464,18 @@ INPUTS = [
         regressor,
         lambda: stream(Batches(X, Y, workers=2)),
     ),
+    # Superbatches of 32, 32 and 6 examples, then of 32, 16 and 22.
+    Input(
+        "py-dataset-steps",
+        regressor,
+        lambda: stream(Batches(X, Y), steps_per_epoch=9, epochs=3),
+    ),
+    Input(
+        "py-dataset-steps-that-end-within-an-epoch",
+        regressor,
+        lambda: stream(Batches(X, Y), steps_per_epoch=6, epochs=4),
+        warns=OUT_OF_DATA,
+    ),
     Input(
         "py-dataset-class-weight",
         classifier,
@@ -909,6 +921,54 @@ def test_no_example_is_left_out_where_short_batches_come_first():
 
     for seen in counts.counts:
         np.testing.assert_array_equal(seen, 1)
+
+
+def seen_of(x, epochs, **arguments):
+    """Returns how often each example is seen in each epoch."""
+    seen = Seen(EXAMPLES)
+    model = linear()
+    model.compile(keras.optimizers.SGD(1e-6), "mse", metrics=[seen])
+    counts = EpochCounts(seen)
+    trainer = kb.AdaptiveTrainer(model, "fixed", superbatch_size=16, verbose=0)
+    trainer.fit(
+        *(x, None, BASE, epochs), verbose=0, callbacks=[counts], **arguments
+    )
+    return counts.counts
+
+
+def test_no_example_is_left_out_where_epochs_are_longer_than_a_guess():
+    # By the first batch there are 14 examples, and 24 in an epoch. Three
+    # epochs are a pass, then the data start over: warnings are errors.
+    data = Uneven(2, *[12] * 5, 8)
+    counts = seen_of(data, 6, steps_per_epoch=3, shuffle=False)
+
+    np.testing.assert_array_equal(sum(counts[:3]), 1)
+    np.testing.assert_array_equal(counts[3:], counts[:3])
+    assert [int(one.sum()) for one in counts[:3]] == [24, 24, 22]
+
+
+@pytest.fixture()
+def limit():
+    """Sets Keras's limit to the steps of an epoch, for one test."""
+    yield keras.config.set_max_steps_per_epoch
+    keras.config.set_max_steps_per_epoch(None)
+
+
+@pytest.mark.filterwarnings(f"ignore:{OUT_OF_DATA}", "ignore:Limiting steps")
+@pytest.mark.parametrize(
+    ("most", "examples"), [(2, [32, 32, 6, 32]), (5, [70] * 4), (9, [70] * 4)]
+)
+def test_a_limit_to_the_steps_holds_where_batch_sizes_are_guessed(
+    most, examples, limit
+):
+    limit(most)
+    data = sliced(X, IDS).batch(BASE).map(lambda *one: one)
+    assert keras_private.batch_size_of(data) is None
+
+    counts = seen_of(data, len(examples))
+
+    assert [int(one.sum()) for one in counts] == examples
+    assert max(map(np.max, counts)) == 1
 
 
 class Walk(kb.policies.BatchSizePolicy):
