@@ -5,6 +5,7 @@ Part of `superbatches.py`.
 
 import itertools
 import types
+from collections.abc import Sized
 from typing import Any
 from typing import NamedTuple
 
@@ -84,12 +85,24 @@ def batched(x, y, sample_weight, model, batch_size):
         size = copied and slicing.bytes_of((x, y, sample_weight))
         return Batched(x, None, count, bytes_each=size / max(count, 1))
     size, may_vary = data_adapter_for(x).batch_size, _may_vary(model)
-    if size is not None and not may_vary:
-        return Batched(x, size)
+    if size is not None:
+        _check_source(x)
+        if not may_vary:
+            return Batched(x, size)
     data = _of_few(x, list(itertools.islice(iter(x), 2 if may_vary else 1)))
     if size is None:
         return data
     return data._replace(batch_size=size, is_guess=False)
+
+
+def _check_source(x):
+    """Raises if what a `DataLoader` of torch draws from is too little.
+
+    Its batches are only counted, and a single one may hold a single example.
+    """
+    for source in (getattr(x, "dataset", None), getattr(x, "sampler", None)):
+        if isinstance(source, Sized):
+            check_enough((0, len(source)), x)
 
 
 def _of_few(x, few):
@@ -127,7 +140,7 @@ def _of_dataset(x, model, batch_size):
     size, number = keras_private.batch_size_of(x), int(x.cardinality())
     data = Batched(x, size)
     if size is None or number in (0, 1) or _may_be_empty(x):
-        data = _of_few(x, list(keras_private.in_order(x).take(1)))
+        data = _of_few(x, _first_of(x))
     if number != 1:
         # How the batches were made tells more than what one of them holds.
         data = data._replace(batch_size=size or data.batch_size)
@@ -136,6 +149,17 @@ def _of_dataset(x, model, batch_size):
         bytes_each=bytes_of_example(x),
         is_guess=size is None and number != 1,
     )
+
+
+def _first_of(x):
+    """Reads a batch of a dataset, and looks whether it is all there is."""
+    batches = iter(keras_private.in_order(x).take(2))
+    few = list(itertools.islice(batches, 1))
+    # A second one is read only where that is asked for and disturbs nothing.
+    is_one = few and _count(few[0]) == 1 and _may_be_empty(x)
+    if is_one and next(batches, None) is None:
+        check_enough((0, 1), x)
+    return few
 
 
 def _of_examples(x, size):

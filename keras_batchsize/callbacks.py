@@ -131,9 +131,11 @@ class DynamicBatchSize(keras.callbacks.Callback):
         base = self.initial_batch_size
         number = replicas.count(self.model)
         fitting = largest_on_ladder(base, superbatch_size, number)
+        is_all = self.params.get("steps") == 1
+        if is_all:
+            _checks.enough_examples(superbatch_size, "an epoch")
         if superbatch_size < base or superbatch_size != fitting:
-            if self.params.get("steps") == 1:
-                _checks.enough_examples(superbatch_size, "an epoch")
+            if is_all:
                 fitting *= 2 if superbatch_size > fitting else 1
             else:
                 raise ValueError(
@@ -209,9 +211,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         controller = function.controller
         if self._has_ended:
             return  # A `BackupAndRestore` has been here first.
-        if controller is None:
-            self.close()
-            _checks.enough_examples(0, "an epoch")
+        self._check_enough(function)
         self._has_ended = True
         function.finish_pending()
         # Who goes on from what others save knows the optimizer's rate only.
@@ -224,6 +224,23 @@ class DynamicBatchSize(keras.callbacks.Callback):
             function.epoch_examples / seconds if seconds else math.nan
         )
         controller.on_epoch_end(epoch, logs)
+
+    def _check_enough(self, function):
+        """Raises if the data have ended before there were two examples.
+
+        Of a source that is not read ahead it shows when the epoch is over.
+        """
+        controller, steps, number = function.controller, function.steps, 0
+        if controller is not None:
+            number = function.tally.of(controller)["examples"]
+            is_cut = number < controller.superbatch_size
+            if self.model.stop_training or (
+                steps.done == steps.number and not is_cut
+            ):
+                return  # There may be more.
+        if number < 2:
+            self.close()
+            _checks.enough_examples(number, "an epoch")
 
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""

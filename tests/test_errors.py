@@ -358,6 +358,17 @@ ON_SIZES = [
         "Pass more data",
     ),
     Mistake(
+        "one-example-by-callbacks-of-its-size",
+        lambda: trained().fit(
+            *(X[:1], Y[:1]),
+            callbacks=[kb.DynamicBatchSize("fixed", 1)],
+            verbose=0,
+        ),
+        "The data must hold at least 2 examples",
+        "an epoch with 1 examples",
+        "Pass more data",
+    ),
+    Mistake(
         "compiled-in-fit",
         lambda: regressor().fit(
             *(X, Y, 4 * BASE),
@@ -475,6 +486,8 @@ ON_DATA = [
     too_few("of-dataset", 0, dataset(0).batch(BASE), None),
     too_few("of-dataset", 1, dataset(1).batch(BASE), None),
     too_few("of-unknown", 0, dataset(0, known=False).batch(BASE), None),
+    too_few("of-unknown", 1, dataset(1, known=False).batch(BASE), None),
+    too_few("in-batches-of-1", 1, dataset(1, known=False).batch(1), None),
     too_few("unbatched", 0, dataset(0), None),
     too_few("unbatched", 1, dataset(1), None),
     too_few("unbatched-unknown", 0, dataset(0, known=False), None),
@@ -602,26 +615,84 @@ def test_a_policy_without_gradients_takes_what_cannot_be_cut(make_model):
     fit(make_model(), policy=kb.policies.BatchSizeSchedule({0: 2 * BASE}))
 
 
+def by_python(examples):
+    return tf.data.Dataset.from_generator(
+        lambda: zip(X[:examples], Y[:examples]),
+        output_signature=tuple(
+            tf.TensorSpec(data.shape[1:], data.dtype) for data in (X, Y)
+        ),
+    )
+
+
+def fit_by_callback(model, data, size=32):
+    callback = kb.DynamicBatchSize("fixed", size)
+    model.fit(data, callbacks=[callback], verbose=0, shuffle=False)
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_a_source_that_is_not_read_ahead_may_not_be_empty():
     # A Python generator may be used up; when the epoch is over, it shows.
     model = trained()
     before = state_of(model)
-    nothing = tf.data.Dataset.from_generator(
-        lambda: iter(()),
-        output_signature=tuple(
-            tf.TensorSpec(data.shape[1:], data.dtype) for data in (X, Y)
-        ),
+    for fit_on in (lambda *of: fit(*of, None), fit_by_callback):
+        with pytest.raises(ValueError, match="at least 2 examples"):
+            fit_on(model, by_python(0).batch(BASE))
+        assert_as_it_was(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize(
+    "fit_on",
+    [
+        lambda *of: fit(*of, None, policy="fixed"),
+        # The end is not seen, but fewer come than were asked for.
+        lambda *of: fit(*of, None, policy="fixed", steps_per_epoch=1),
+        lambda *of: fit_by_callback(*of, size=1),
+    ],
+    ids=["trainer", "one-step", "callback"],
+)
+def test_a_source_that_is_not_read_ahead_may_not_hold_one_example(fit_on):
+    model = regressor()
+    with pytest.raises(ValueError, match="at least 2 .* with 1 examples"):
+        fit_on(model, by_python(1).batch(BASE))
+    own = kb.callbacks.AdaptiveTrainFunction
+    assert not isinstance(model.train_function, own)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_an_epoch_of_one_example_is_no_end_of_the_data():
+    model = regressor()
+    data = by_python(EXAMPLES).batch(1)
+    fit(model, data, None, batch_size=1, steps_per_epoch=1, policy="fixed")
+    stop = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: setattr(
+            model, "stop_training", True
+        )
     )
-    for fit_on in (
-        lambda data: fit(model, data, None),
-        lambda data: model.fit(
-            data, callbacks=[kb.DynamicBatchSize()], verbose=0, shuffle=False
+    sizes = kb.DynamicBatchSize("fixed", 1)
+    model.fit(data, callbacks=[sizes, stop], verbose=0, shuffle=False)
+    # What is read ahead of a pipeline of unknown length is no end of it either.
+    fit(model, dataset(2, known=False).batch(1), None, policy="fixed")
+    assert int(model.optimizer.iterations) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_data_loader_of_one_example_is_refused():
+    data = pytest.importorskip("torch.utils.data")
+    from_numpy = pytest.importorskip("torch").from_numpy
+    one = data.TensorDataset(from_numpy(X[:1]), from_numpy(Y[:1]))
+    more = data.TensorDataset(from_numpy(X), from_numpy(Y))
+    for loader in (
+        data.DataLoader(one, batch_size=BASE),
+        data.DataLoader(
+            more, batch_size=BASE, sampler=data.SubsetRandomSampler([3])
         ),
     ):
-        with pytest.raises(ValueError, match="at least 2 examples"):
-            fit_on(nothing.batch(BASE))
-        assert_as_it_was(model, before)
+        with pytest.raises(ValueError, match="at least 2 .* with 1 examples"):
+            fit(trained(), loader, None)
+    # One batch is not one example.
+    whole = data.DataLoader([more[:]], batch_size=None)
+    fit(regressor(), whole, None, policy="fixed")
 
 
 class TwoOptimizers(OwnStep):

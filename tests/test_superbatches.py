@@ -1180,6 +1180,8 @@ def once():
         lambda: shuffled().batch(BASE).map(lambda x, y: (x, y)),
         lambda: shuffled().filter(is_known),
         lambda: sliced(X, Y).filter(is_known).shuffle(9, seed=3).batch(BASE),
+        # Of one example, after which a second batch is looked for.
+        lambda: sliced(X, Y).filter(is_known).shuffle(9, seed=3).batch(1),
         # What is read would be gone.
         once,
         lambda: once().batch(BASE),
