@@ -6,7 +6,6 @@ Keras's reductions is used where it suffices; the rest is found out by trying.
 """
 
 import contextlib
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
+from keras_batchsize._exactness_compared import compared
 
 # Losses of Keras that compare the examples of a batch with each other.
 _WHOLE_BATCH_LOSSES = (
@@ -34,12 +34,6 @@ SUMS = {"sum", "none", None}
 # makes of how examples differ shows most in the smallest parts.
 TRIAL_EXAMPLES = 16
 _TRIAL_PART = 2
-
-# A loss that is random in inference, too, is drawn so often, and is refused
-# if the means lie so many standard errors apart. Of means that are equal three
-# in 100,000 do, by Student's distribution of 14 degrees of freedom.
-_DRAWS = 8
-_ERRORS = 6.0
 
 
 class CannotBeCut(ValueError):
@@ -210,11 +204,15 @@ def check_loss(model, kind, data):
         return
     parts = [slicing.examples(data, start, _TRIAL_PART) for start in starts]
     first = slicing.examples(data, 0, size)
+    is_half = model.dtype_policy.compute_dtype == "float16"
     with put_back(model):
-        found = _compared(
+        found = compared(
             lambda: _inference_losses(model, kind, first)[0],
             lambda: _mean_of_parts(model, kind, parts),
             _tolerance(model),
+            # A pair may be too large for float16 where the whole is not. What
+            # is not a number is divided by what the pair has nothing of.
+            np.isnan if is_half else lambda loss: ~np.isfinite(loss),
         )
     if found is not None:
         _refuse(
@@ -229,59 +227,6 @@ def _mean_of_parts(model, kind, parts):
         *(_inference_losses(model, kind, part) for part in parts)
     )
     return np.dot(weights, losses) / max(sum(weights), 1e-30)
-
-
-class _Difference(NamedTuple):
-    """Two losses that ought to be equal and are not.
-
-    Attributes:
-        one: The first, or the mean of several draws of it.
-        other: The second.
-        how: A few words that say so, "" if there was one draw.
-    """
-
-    one: float
-    other: float
-    how: str
-
-
-def _compared(draw_one, draw_other, tolerance):
-    """Compares two losses, and the terms of them, that may be random.
-
-    One draw of each is compared, and the first is drawn again: models are
-    rarely random in inference, and each draw takes time. Where they differ,
-    several draws of both tell: of a loss that is not random all agree, and
-    the difference stands; of one that is, the difference of the means is
-    measured by Welch's standard error. A term says more than the whole, in
-    whose spread it may drown.
-
-    Args:
-        draw_one: Function that returns the first loss and terms of it.
-        draw_other: Function that returns the second and its terms.
-        tolerance: Difference that rounding makes, relative to the loss.
-
-    Returns:
-        A `_Difference`, or None if they are equal as far as can be told.
-    """
-    ones, others = [draw_one(), draw_one()], [draw_other()]
-    if not np.all(np.isfinite([*ones, *others])):
-        return None  # Infinities prove nothing.
-    rounding = tolerance * abs(ones[0][0]) + 1e-6
-    is_random = not np.array_equal(*ones)
-    if not is_random and np.all(np.abs(ones[0] - others[0]) <= rounding):
-        return None
-    ones += [draw_one() for _ in range(_DRAWS - len(ones))]
-    others += [draw_other() for _ in range(_DRAWS - len(others))]
-    one, other = np.mean(ones, axis=0), np.mean(others, axis=0)
-    variance = np.var(ones, axis=0, ddof=1) + np.var(others, axis=0, ddof=1)
-    errors = _ERRORS * np.sqrt(variance / _DRAWS)
-    excess = np.abs(one - other) - np.maximum(rounding, errors)
-    # NaN, if a draw was not finite after all, is never positive.
-    if not np.any(excess > 0.0):
-        return None
-    is_random = np.ptp([ones, others], axis=1).any()
-    how = f", in the mean of {_DRAWS} draws: it is random" if is_random else ""
-    return _Difference(one[0], other[0], how)
 
 
 def check_division(model, data):
@@ -306,7 +251,7 @@ def check_division(model, data):
         lambda: strategy.run(_loss_of, (model, data)), autograph=False
     )
     with put_back(model):
-        found = _compared(
+        found = compared(
             lambda: np.array([_loss_of(model, data)], float),
             lambda: np.array(
                 [strategy.experimental_local_results(on_replicas())[0]], float

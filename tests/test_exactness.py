@@ -9,6 +9,7 @@ import comparing
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from comparing import BASE
 from comparing import SUPERBATCH
 from comparing import adaptive
@@ -19,6 +20,7 @@ from keras import layers
 from keras import losses
 
 import keras_batchsize as kb
+from keras_batchsize import exactness
 from keras_batchsize import scaling
 from keras_batchsize.policies import BatchSizeSchedule
 
@@ -263,6 +265,58 @@ def test_few_examples_show_that_a_loss_compares_them():
     )
 
 
+NOTHING = -9.0
+
+
+def masked_mean(y_true, y_pred):
+    """A user's loss that is divided by the number of targets that count."""
+    counts = keras.ops.cast(y_true != NOTHING, y_pred.dtype)
+    error = keras.ops.square(y_true - y_pred)
+    return keras.ops.sum(counts * error) / keras.ops.sum(counts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_own_loss_of_which_a_pair_has_nothing_is_refused(dtype):
+    # All other pairs count in full: nothing else shows that it is no mean.
+    x, y = comparing.regression()
+    y[2:4] = NOTHING
+    assert_refused(
+        of_dtype(compiled(dense, loss=masked_mean), dtype),
+        x,
+        y,
+        match="put together from pairs it is nan",
+        shuffle=False,
+    )
+
+
+def of_dtype(make_model, dtype):
+    """Returns a factory of the same models under a dtype policy."""
+
+    def make():
+        keras.config.set_dtype_policy(dtype)
+        try:
+            return make_model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "reduction", ["sum_over_batch_size", "mean_with_sample_weight"]
+)
+def test_weights_of_zero_leave_a_mean_a_mean(reduction):
+    weights = np.ones(comparing.EXAMPLES)
+    weights[2:6] = 0.0
+    loss = losses.MeanSquaredError(reduction=reduction)
+    assert_exact(
+        compiled(dense, loss=loss),
+        *comparing.regression(),
+        sample_weight=weights,
+        shuffle=False,
+    )
+
+
 def test_own_loss_of_each_example_is_exact():
     assert_exact(
         compiled(dense, loss=lambda y, p: keras.ops.abs(y - p) ** 1.5),
@@ -484,6 +538,29 @@ def test_infinite_loss_proves_nothing():
     y[3] = np.inf
     with pytest.warns(RuntimeWarning, match="The loss became"):
         adaptive(compiled(dense), x, y, policy="measure", epochs=1)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "float32"])
+def test_a_pair_too_large_for_half_precision_proves_nothing(dtype):
+    def mean(values):
+        # A pair of 50,000 each, times 4, is beyond 65,504; the whole is not.
+        values = 4.0 * keras.ops.mean(keras.ops.cast(values, "float32"))
+        return keras.ops.cast(keras.ops.cast(values, "float16"), "float32")
+
+    def of_inputs():
+        inputs = keras.Input((comparing.FEATURES,))
+        return keras.Sequential([inputs, Penalty(mean), layers.Dense(1)])
+
+    model = of_dtype(compiled(of_inputs), dtype)()
+    x, y = np.zeros((16, comparing.FEATURES)), np.zeros((16, 1))
+    x[2:4] = 100.0
+    data = tf.constant(x, "float32"), tf.constant(y, "float32")
+    model.evaluate(*data, verbose=0)
+    if dtype == "mixed_float16":
+        exactness.check_loss(model, "examples", data)
+    else:
+        with pytest.raises(exactness.CannotBeCut, match="pairs it is inf"):
+            exactness.check_loss(model, "examples", data)
 
 
 def test_outputs_with_masks_of_their_own_are_refused():
