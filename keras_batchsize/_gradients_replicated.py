@@ -92,17 +92,36 @@ class ReplicatedGradients(GradientAccumulator):
         total = self.over_replicas(total)
         mean = self._mean(total)
         norms = self._norms(total, mean)
-        self._track_losses(
-            total._replace(
-                # Metrics are summed over the replicas.
-                examples=tf.cast(total.examples, tf.float32) / self._replicas
-            )
-        )
+        self._track_losses(total)
         if mean:  # A model may be frozen as a whole.
             self._model.optimizer.apply_gradients(
                 list(zip(mean, self._model.trainable_weights))
             )
         return norms
+
+    def _track_losses(self, total):
+        # Metrics are summed over the replicas.
+        examples = tf.cast(total.examples, tf.float32) / self._replicas
+        super()._track_losses(total._replace(examples=examples))
+
+    def track_pending(self, total):
+        """Lets metrics of losses see an update in progress, for a while.
+
+        Args:
+            total: This replica's `Accumulated`.
+
+        Returns:
+            What they held, for `untrack`.
+        """
+        held = [tf.identity(one.value) for one in self._loss_variables()]
+        # Its gradients stay where they are.
+        self._track_losses(self.over_replicas(total._replace(gradients=[])))
+        return held
+
+    def untrack(self, values):
+        """Assigns what `track_pending` returned."""
+        for variable, value in zip(self._loss_variables(), values):
+            variable.assign(value)
 
     def _norms(self, total, mean):
         if not self._measures:

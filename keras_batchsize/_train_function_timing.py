@@ -4,6 +4,7 @@ import time
 
 import keras
 
+from keras_batchsize import keras_private
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import Timing
 
@@ -58,6 +59,17 @@ def scalar_of(logs, name):
     """
     value = logs.get(name) if isinstance(logs, dict) else None
     return None if value is None else float(number(value))
+
+
+def losses_of(model, logs):
+    """Returns the losses among the logs of a step, a dict of floats.
+
+    Args:
+        model: The Keras model.
+        logs: What its step returned.
+    """
+    names = [one.name for one in keras_private.loss_metrics(model)]
+    return {name: scalar_of(logs, name) for name in names if name in logs}
 
 
 def number(value):

@@ -4,14 +4,12 @@ import math
 import warnings
 
 
-def warn_once(measurement, batch_size, where, has_warned):
+def warn_once(function, measurement, has_warned):
     """Warns the first time that a loss is not finite.
 
     Args:
-        measurement: The `Measurement` of a superbatch.
-        batch_size: Integer, examples per update.
-        where: Tuple of the epoch and the Keras step in it, counted from zero,
-            and the updates made in this `fit` before.
+        function: The `AdaptiveTrainFunction`.
+        measurement: The `Measurement` of a superbatch, not yet observed.
         has_warned: Whether the warning was given already.
 
     Returns:
@@ -20,12 +18,14 @@ def warn_once(measurement, batch_size, where, has_warned):
     if measurement.loss is None or math.isfinite(measurement.loss):
         return has_warned
     if not has_warned:
-        epoch, step, updates = where
+        before = function.tally.of(function.controller)["updates"]
+        # None may have been finished yet, and the next one is not finite.
+        last = before + max(measurement.updates, 1)
         warnings.warn(
-            f"The loss became {measurement.loss} in step {step + 1} of epoch "
-            f"{epoch + 1}, between updates {updates + 1} and "
-            f"{updates + measurement.updates}. The batch size is held at "
-            f"{batch_size} while it is not finite.",
+            f"The loss became {measurement.loss} in step "
+            f"{function.steps.done + 1} of epoch {function.epoch + 1}, between "
+            f"updates {before + 1} and {last}. The batch size is held at "
+            f"{function.controller.batch_size} while it is not finite.",
             RuntimeWarning,
             stacklevel=3,
         )

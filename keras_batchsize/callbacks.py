@@ -213,7 +213,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
             return  # A `BackupAndRestore` has been here first.
         self._check_enough(function)
         self._has_ended = True
-        function.finish_pending()
+        losses = function.finish_pending()
+        # Keras has read its metrics before that.
+        logs.update((one, losses[one]) for one in losses.keys() & logs.keys())
         # Who goes on from what others save knows the optimizer's rate only.
         function.rest()
         seconds = function.epoch_seconds

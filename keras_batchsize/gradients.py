@@ -238,11 +238,31 @@ class GradientAccumulator:
         keras_private.track_loss(
             self._model, divide(total.loss, total.weight), total.examples
         )
-        # As in Keras, which weights by a size that graphs do not know.
-        weight = total.examples if self._model.run_eagerly else None
+        # As in Keras, which weights by a size that graphs do not know: each
+        # batch alike, if there is one.
+        weight = tf.cast(total.count > 0, tf.float32)
+        if self._model.run_eagerly:
+            weight = total.examples
         for index, tracker in enumerate(self._trackers()):
             mean = divide(total.output_losses[index], total.weight)
             tracker.update_state(mean, sample_weight=weight)
+
+    def results(self, total):
+        """Returns the results of the metrics, an update in progress included.
+
+        Metrics of losses learn of an update when it is made; until the first
+        one of an epoch they would say zero.
+
+        Args:
+            total: An `Accumulated`, with or without micro-batches.
+        """
+        with _put_back(self._loss_variables()):
+            self._track_losses(total)
+            return self._model.get_metrics_result()
+
+    def _loss_variables(self):
+        metrics = keras_private.loss_metrics(self._model)
+        return [one for each in metrics for one in each.variables]
 
     def logs(self, total):
         """Returns the logs of an update, its own ones as means over examples.

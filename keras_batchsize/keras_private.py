@@ -145,6 +145,11 @@ def track_loss(model, loss, examples):
     model._loss_tracker.update_state(loss, sample_weight=examples)
 
 
+def loss_metrics(model):
+    """Returns all metrics of losses: of the whole, and of several outputs."""
+    return [model._loss_tracker, *output_loss_metrics(model)]
+
+
 def output_loss_metrics(model):
     """Returns the metrics of the outputs' losses; none for a single loss."""
     losses = model._compile_loss

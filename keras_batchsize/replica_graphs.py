@@ -67,6 +67,7 @@ class ReplicaGraphs:
         self._sum = self._function(self._loop_over_micro_batches)
         self._zeros = self._function(self._zeros_everywhere)
         self._state_now = self._function(self._state)
+        self._pending_now = self._function(self._state_with_pending)
         self._measure = self._function(self._measure_everywhere)
 
     def _function(self, function):
@@ -87,7 +88,8 @@ class ReplicaGraphs:
         # All that is called from Python, but for what a first sum needs, too.
         functions = self._whole_loop, self._sum, self._apply, self._measure
         return sum(
-            function.experimental_get_tracing_count() for function in functions
+            function.experimental_get_tracing_count()
+            for function in (*functions, self._pending_now)
         )
 
     def zeros(self):
@@ -222,7 +224,11 @@ class ReplicaGraphs:
                 rate_now = rate.at(began, self._base)
                 rows.append(self._apply(total.sums, rate_now))
                 total = self.zeros()
-        logs, used = self._state_now(rate, self._size(began))
+        where = rate, self._size(began)
+        if total.sums is None:
+            logs, used = self._state_now(*where)
+        else:
+            logs, used = self._pending_now(*where, total.sums)
         return logs, used, total, tf.stack(rows) if rows else ()
 
     def _loop_over_micro_batches(
@@ -350,6 +356,16 @@ class ReplicaGraphs:
             self._model.optimizer, rate.at(position, self._base)
         )
         return self._model.get_metrics_result(), used
+
+    def _state_with_pending(self, rate, position, sums):
+        """Returns the same, an update in progress included in losses.
+
+        See `GradientAccumulator.results`.
+        """
+        held = self._strategy.run(self._gradients.track_pending, (sums,))
+        state = self._state(rate, position)
+        self._strategy.run(self._gradients.untrack, (held,))
+        return state
 
     def _first(self, value):
         return replicas.local_values(self._strategy, value)[0]

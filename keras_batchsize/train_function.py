@@ -25,6 +25,7 @@ from keras_batchsize._train_function_rows import row_of
 from keras_batchsize._train_function_steps import EpochSteps
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
+from keras_batchsize._train_function_timing import losses_of
 from keras_batchsize._train_function_timing import number
 from keras_batchsize._train_function_timing import scalar_of
 from keras_batchsize._train_function_warning import warn_once
@@ -86,7 +87,7 @@ class AdaptiveTrainFunction:
         self.tally = Tally()
         self.identity = None
         self.epoch = self.epoch_examples = 0
-        self.epoch_seconds = 0.0
+        self.epoch_seconds, self.factor = 0.0, 1.0
         self.rule = scaling.none
         self.rate_batch_size = None
         self.backup_dir = None
@@ -96,7 +97,6 @@ class AdaptiveTrainFunction:
         self._team = team_of(model, examples, kept)
         self._guard = MemoryGuard(model, self._team.is_alone)
         self._in_one_pass = self._pending = self._state = self._graphs = None
-        self.factor = 1.0
         self._has_warned = self._measures = False
 
     # Taking and giving back the place in the model.
@@ -365,7 +365,7 @@ class AdaptiveTrainFunction:
         return logs, used, [], math.ceil(total / size)
 
     def _accumulate(self, data, total, plan, rate):
-        sums = self._pending or self._graphs.zeros()
+        sums, _ = self._pending or (self._graphs.zeros(), None)
         logs, used, sums, rows = self._graphs.accumulate(
             sums,
             data,
@@ -375,26 +375,26 @@ class AdaptiveTrainFunction:
             rate,
         )
         rows = [MicroBatchNorms(*row) for row in np.asarray(rows).tolist()]
-        self._pending = sums if int(sums.count) else None
+        self._pending = (sums, logs) if int(sums.count) else None
         return logs, used, [row for row in rows if row.count >= 2], len(rows)
 
     def finish_pending(self):
-        """Makes the update of a batch that the end of an epoch cut short."""
+        """Makes the update that the end of an epoch cut short, if any.
+
+        Returns:
+            Dict from names to the mean losses of the epoch with it, floats.
+        """
         if self._pending is None:
-            return
-        row = np.asarray(self._graphs.finish(self._pending, self._rate()))
-        self._pending = None
+            return {}
+        (sums, logs), self._pending = self._pending, None
+        row = np.asarray(self._graphs.finish(sums, self._rate()))
         self.controller.observe_update(MicroBatchNorms(*row.tolist()))
+        return losses_of(self._model, logs)
 
     def _report(self, measurement):
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
-        controller = self.controller
-        updates = self.tally.of(controller)["updates"]
-        where = self.epoch, self.steps.done, updates
-        self._has_warned = warn_once(
-            measurement, controller.batch_size, where, self._has_warned
-        )
-        controller.observe(measurement)
+        self._has_warned = warn_once(self, measurement, self._has_warned)
+        self.controller.observe(measurement)
         self.tally.add(measurement)
         self.on_superbatch(row_of(self, measurement))

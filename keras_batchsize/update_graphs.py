@@ -289,7 +289,7 @@ class UpdateGraphs:
             parallel_iterations=1,
         )
         return (
-            {**self._model.get_metrics_result(), **logs},
+            {**self._accumulator.results(total), **logs},
             self._final_rate(rate, began),
             total,
             norms.stack()[:count] if rows is None else (norms.stack(), count),

@@ -837,8 +837,9 @@ def traces_do_not_grow_with_size_changes(strategy):
     few = traces(make_model, [12, 12, 12, 96, 96, 96])
     many = traces(make_model, [12, 24, 96, 48, 192, 12, 96, 24])
     # There are two loops, of updates and of micro-batches, each for any number
-    # of examples, and the update that sums of micro-batches make.
-    assert few == many == 3, (few, many)
+    # of examples, the update that sums of micro-batches make, and the logs of
+    # one in progress.
+    assert few == many == 4, (few, many)
 
 
 @law(2)
@@ -860,6 +861,35 @@ def a_superbatch_that_traces_is_not_timed(strategy):
         callbacks=[Seen()],
     )
     assert traced == 2 * [(True, True)] + 2 * [(False, False)], traced
+
+
+@law(2, 3)
+def losses_are_told_before_an_update_is_made(strategy):
+    """Updates of two superbatches; the last of an epoch is cut short."""
+    x, y = comparing.for_two_outputs(5 * 24 + 1)
+
+    def losses(make_model):
+        seen = []
+
+        class Seen(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                names = "loss", "size_loss", "kind_loss"
+                seen.append([logs[name] for name in names])
+
+        adaptive(
+            *(make_model, x, y),
+            policy=BatchSizeSchedule({0: 48}),
+            learning_rate_scaling="none",
+            batch_size=12,
+            superbatch_size=24,
+            max_batch_size=48,
+            callbacks=[Seen()],
+        )
+        return seen
+
+    make_model = comparing.in_two_outputs(lambda: optimizers.SGD(0.05))
+    ours, theirs = losses(under(strategy, make_model)), losses(make_model)
+    np.testing.assert_allclose(ours, theirs, RTOL)
 
 
 def mirrored(number):

@@ -1081,6 +1081,18 @@ def test_the_warning_counts_the_updates_of_its_fit():
         trainer.fit(WITH_NAN, Y, BASE, shuffle=False, verbose=0)
 
 
+def test_the_warning_names_an_update_in_progress():
+    model = regressor()
+    trainer = kb.AdaptiveTrainer(
+        *(model, kb.policies.Fixed(4 * 32)),
+        superbatch_size=32,
+        max_batch_size=4 * 32,
+        verbose=0,
+    )
+    with pytest.warns(RuntimeWarning, match="step 2 of .* updates 1 and 1"):
+        trainer.fit(WITH_NAN, Y, BASE, shuffle=False, verbose=0)
+
+
 def test_an_update_that_loss_scaling_skips_warns_once_too():
     # The optimizer leaves the weights alone, so that each epoch begins with a
     # finite loss and comes upon the same example again.

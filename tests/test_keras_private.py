@@ -76,7 +76,7 @@ ATTRIBUTES = {
     "_keras_mask": "mask_of",
     "_remat_mode": "remat_mode",
     "_learning_rate": "learning_rate_replaced and held_learning_rate",
-    "_loss_tracker": "track_loss",
+    "_loss_tracker": "track_loss and loss_metrics",
     "_map_func": "in_order and is_fed_by_python",
     "_maybe_symbolic_build": "built_from_specs",
     "_momentums": "velocities",
