@@ -363,6 +363,32 @@ def test_measurement_that_is_not_finite_is_counted_and_not_averaged():
     )
 
 
+def test_sorted_rows_hide_the_noise_that_shuffled_ones_show():
+    # A superbatch of sorted rows holds neighbours, which are alike.
+    x = rows(512)
+    x = x[np.argsort(x[:, 0])]
+    per_example = 0.5 - x.astype(float)
+    trace = per_example.var(axis=0, ddof=1).sum()
+    squared_norm = np.square(per_example.mean(axis=0)).sum() - trace / 512
+
+    def found(shuffle):
+        trainer = adaptive(
+            *(offset(), x, x),
+            policy="measure",
+            measure_every=1,
+            superbatch_size=64,
+            shuffle=shuffle,
+            epochs=1,
+        ).result
+        return trainer.noise_scale
+
+    hidden, shown = found(shuffle=False), found(shuffle=True)
+
+    assert shown.lower < trace / squared_norm < shown.upper
+    # Less than a quarter: how superbatches differ is taken for the signal.
+    assert hidden.upper < 0.25 * trace / squared_norm
+
+
 class Remembering(Offset):
     """Keeps the largest input in a variable overwritten by its gradient.
 

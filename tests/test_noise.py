@@ -206,8 +206,12 @@ def test_what_training_moves_is_no_noise():
     np.testing.assert_allclose(
         expectation(at_once), [SQUARED_NORM, TRACE], rtol=1e-12
     )
-    _, trace = expectation(in_turn)
+    squared_norm, trace = expectation(in_turn)
     assert trace == pytest.approx(TRACE + 2 * drift @ drift / 2, rel=1e-12)
+    # Of two gradients there is the product, of neither the squared norm.
+    product = EXAMPLES.mean(axis=0) @ (EXAMPLES.mean(axis=0) + drift)
+    assert squared_norm == pytest.approx(product, rel=1e-12)
+    assert squared_norm != pytest.approx(SQUARED_NORM, rel=0.2)
 
 
 @pytest.mark.parametrize("count", [1, 1.0, 0])
