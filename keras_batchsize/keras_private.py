@@ -18,7 +18,6 @@ from keras.src.trainers.data_adapters import get_data_adapter
 from keras.src.trainers.data_adapters import tf_dataset_adapter
 from keras.src.utils import io_utils
 from tensorflow.python.eager import context
-from tensorflow.python.eager import context as eager_context
 
 from keras_batchsize import _keras_private_datasets
 
@@ -75,7 +74,7 @@ def global_state():
 
 def _eager_seeds():
     """What eager operations draw seeds from; there once a seed was set."""
-    return getattr(eager_context.context(), "_rng", None)
+    return getattr(context.context(), "_rng", None)
 
 
 def set_global_state(state):
