@@ -22,6 +22,10 @@ _HELD_ALWAYS = 2**28
 _PROVEN_AFTER = 2
 
 
+class VariablesFreed(RuntimeError):
+    """Raised where any use of a variable may end the process."""
+
+
 class MemoryGuard:
     """Runs superbatches, and repeats one that ran out of memory.
 
@@ -55,7 +59,8 @@ class MemoryGuard:
 
         Raises:
             RuntimeError: If the variables are not what they were, and were too
-                large to be held, or if other workers wait.
+                large to be held, or if other workers wait; `VariablesFreed`
+                where XLA has taken them apart.
         """
         while True:
             held = self._hold(key)
@@ -90,16 +95,21 @@ class MemoryGuard:
                 f"Start again with backup_dir={backup_dir!r}: training goes "
                 "on from the last backup."
             )
-        raise RuntimeError(
+        kind = VariablesFreed if self._has_freed() else RuntimeError
+        raise kind(
             f"Memory ran out, and training cannot go on: {self._why()}. "
             f"Received: {str(error)[:200]!r}. {backup} A smaller "
             "`max_batch_size` leaves more room."
         ) from error
 
+    def _has_freed(self):
+        """Whether XLA has compiled what ran out: no strategy lets it."""
+        return self._model.jit_compile and not self._is_replicated
+
     def _why(self):
         if not self._is_alone:
             return "the other workers wait in the middle of an update"
-        if self._model.jit_compile and not self._is_replicated:
+        if self._has_freed():
             return (
                 "XLA has freed variables, which are too large to be held all "
                 "the time; any use of them may end the process"

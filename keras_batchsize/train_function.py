@@ -17,6 +17,7 @@ from keras_batchsize import scaling
 from keras_batchsize import slicing
 from keras_batchsize._train_function_checks import checked_graphs
 from keras_batchsize._train_function_memory import MemoryGuard
+from keras_batchsize._train_function_memory import VariablesFreed
 from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
 from keras_batchsize._train_function_rows import Tally
@@ -85,12 +86,10 @@ class AdaptiveTrainFunction:
         self.steps = EpochSteps(steps)
         self._epochs = epochs
         self.tally = Tally()
-        self.identity = None
+        self.identity = self.backup_dir = self.rate_batch_size = None
         self.epoch = self.epoch_examples = 0
         self.epoch_seconds, self.factor = 0.0, 1.0
         self.rule = scaling.none
-        self.rate_batch_size = None
-        self.backup_dir = None
         self._model = model
         self._controller_for = controller_for
         self._place = Place(model)
@@ -152,9 +151,10 @@ class AdaptiveTrainFunction:
             return self._next_steps(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
-        except BaseException:
+        except BaseException as error:
             # `fit` calls no callback when it fails: this is the only place
             # from which the model can be put in order.
+            self.corrects_momentum &= not isinstance(error, VariablesFreed)
             self.uninstall()
             raise
 

@@ -8,6 +8,7 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._train_function_memory import VariablesFreed
 from keras_batchsize._trainer_callbacks import TrainerBatchSize
 from keras_batchsize._trainer_callbacks import board_of
 from keras_batchsize._trainer_callbacks import callbacks_of
@@ -234,6 +235,7 @@ class AdaptiveTrainer:
             measure_every=self.measure_every,
             batch_sizes=controller.ladder.sizes,
         )
+        may_be_read = True
         try:
             with self._prepared(self.model, superbatches.specs):
                 return self.model.fit(
@@ -245,6 +247,9 @@ class AdaptiveTrainer:
                     ),
                     **arguments,
                 )
+        except VariablesFreed:
+            may_be_read = False
+            raise
         except (TypeError, ValueError) as error:
             note_own_fit(self.model, error)
             raise
@@ -253,7 +258,8 @@ class AdaptiveTrainer:
             if self.tensorboard is not None:
                 self.tensorboard.close()
             self._report = sizes.report or self._report
-            self._last_optimizer.note(self.model)
+            if may_be_read:
+                self._last_optimizer.note(self.model)
 
     def _controller_for(self, superbatches):
         """Returns the controller of the last `fit`, or a new one."""

@@ -4,6 +4,8 @@ The step fails as a device would let it: in the middle, when some variables have
 changed already.
 """
 
+import itertools
+
 import comparing
 import keras
 import numpy as np
@@ -16,6 +18,7 @@ import keras_batchsize as kb
 from keras_batchsize import _train_function_memory
 from keras_batchsize import exhaustion
 from keras_batchsize.policies import BatchSizeSchedule
+from keras_batchsize.train_function import AdaptiveTrainFunction
 
 HALVED = "ignore:Memory ran out:RuntimeWarning"
 
@@ -217,6 +220,33 @@ def test_unheld_variables_end_training_with_the_backup_named(
     sizes = iter(["smaller"])
     results = iter([fails, lambda: 2])
     assert guard.run(lambda: next(results)(), "new", lambda: next(sizes)) == 2
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_variables_that_xla_has_freed_are_not_used(jit_compile, monkeypatch):
+    attempt, attempts = AdaptiveTrainFunction._attempt, itertools.count()
+    value, used = keras.Variable.value, []
+
+    def noted(variable):
+        used.append(variable.path)
+        return value.fget(variable)
+
+    def runs_out(self, *arguments):
+        # Superbatches of 32, 32 and 6 examples: the next has run twice.
+        if next(attempts) < 3:
+            return attempt(self, *arguments)
+        self._model.jit_compile = jit_compile
+        monkeypatch.setattr(keras.Variable, "value", property(noted))
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+
+    monkeypatch.setattr(AdaptiveTrainFunction, "_attempt", runs_out)
+    make = of_limited(10**6)
+    # Momentum is that of four times the rate, and is to be given back.
+    policy = BatchSizeSchedule({0: 4 * BASE})
+    arguments = {"policy": policy, "learning_rate_scaling": "linear"}
+    with pytest.raises(RuntimeError, match="training cannot go on"):
+        comparing.adaptive(make, *comparing.regression(), **arguments)
+    assert bool(used) == (not jit_compile)
 
 
 @pytest.mark.parametrize("is_limited", [True, False])
