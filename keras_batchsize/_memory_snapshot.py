@@ -58,8 +58,11 @@ class Snapshot:
         return exhaustion.variables_of(self._model)
 
     def restore_values(self):
-        """Puts the values of the variables back."""
-        if any(
+        """Puts the values of the variables back.
+
+        Before `add_variables` nothing has run, and all are what they were.
+        """
+        if self._known and any(
             id(one) not in self._known for one in self._model.metrics_variables
         ):
             # Made by an eager step: new ones start from zero.

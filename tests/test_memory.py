@@ -696,9 +696,16 @@ def test_impossible_arguments_are_refused(arguments, error):
     assert not model.optimizer.built
 
 
-def test_host_without_room_for_a_copy_of_the_weights_is_refused(monkeypatch):
+@pytest.mark.parametrize("warm", [False, True])
+def test_host_without_room_for_a_copy_of_the_weights_is_refused(
+    warm, monkeypatch
+):
     model = make_dense()
+    if warm:
+        model.fit(*comparing.regression(), verbose=0)
     before = comparing.variables_of(model)
+    metrics = [float(one.value) for one in model.metrics_variables]
+    assert any(metrics) == warm
     state = random.getstate()
     monkeypatch.setattr(_memory_host, "available_bytes", lambda: 100)
     with pytest.raises(ValueError, match="(?s)host must have room.*Received"):
@@ -707,6 +714,9 @@ def test_host_without_room_for_a_copy_of_the_weights_is_refused(monkeypatch):
     after = comparing.variables_of(model)
     for name, value in before.items():
         np.testing.assert_array_equal(value, after[name])
+    # Those of a model that was never trained are made by tracing.
+    found = [float(one.value) for one in model.metrics_variables]
+    assert found[: len(metrics)] == metrics and any(found) == warm
 
 
 def test_limit_below_the_weights_is_refused():

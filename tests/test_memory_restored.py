@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import keras_batchsize as kb
+from keras_batchsize import _memory_workload
 from keras_batchsize import memory
 
 
@@ -204,10 +205,11 @@ def same(ours, theirs):
     )
 
 
-# What a trial runs, in which call it is to fail, and the parts of a model that
-# have changed then.
+# What a trial runs, or what is traced before, in which call it is to fail, and
+# the parts of a model that have changed then.
 TRAINED = {"weights", "statistics", "seeds", "metrics", "slots"}
 RUNS = {
+    "forward_of": (1, set()),
     "_plain": (3, TRAINED),
     "_summed": (2, TRAINED),
     "_validate": (1, {"metrics"}),
@@ -220,8 +222,8 @@ def break_after(monkeypatch, run, error, note):
 
     def breaking(function):
         @functools.wraps(function)
-        def runs(*arguments):
-            result = function(*arguments)
+        def runs(*arguments, **options):
+            result = function(*arguments, **options)
             calls.append(run)
             if len(calls) == RUNS[run][0]:
                 note()
@@ -244,13 +246,16 @@ def break_after(monkeypatch, run, error, note):
             lambda self: breaking(make(self)),
         )
         return
-    function = getattr(memory.Workload, run)
-    monkeypatch.setattr(memory.Workload, run, breaking(function))
+    place = memory.Workload
+    if run == "forward_of":
+        place = _memory_workload
+    monkeypatch.setattr(place, run, breaking(getattr(place, run)))
 
 
 @pytest.mark.parametrize(
     ("error", "run", "warm"),
     [
+        (KeyboardInterrupt, "forward_of", True),
         (KeyboardInterrupt, "_plain", False),
         (RuntimeError, "_summed", True),
         (KeyboardInterrupt, "_validate", False),
