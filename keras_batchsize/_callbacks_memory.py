@@ -77,5 +77,7 @@ class MemoryProbe(keras.callbacks.Callback):
         limits = self._limits(
             max(controller.superbatch_size, controller.ladder.base)
         )
-        self.profile = memory.probe(self.model, Examples(data), limits)
+        examples = Examples(data)
+        memory.check_alike(self.model, examples, limits)
+        self.profile = memory.probe(self.model, examples, limits)
         controller.expect(self.profile)

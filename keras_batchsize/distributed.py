@@ -97,9 +97,20 @@ def check_alike(model, facts_of_data, **facts):
         if not strategy.cluster_resolver.cluster_spec().as_dict():
             check_tf_config()
         return
+    workers = Workers(strategy)
+    workers.check_alike(described(model, {**facts_of_data(), **facts}))
+    workers.shuffle_alike()
+
+
+def described(model, facts):
+    """Returns what has to be the same on all workers, a dict of texts.
+
+    Args:
+        model: A compiled Keras model.
+        facts: Dict of what else has to be, of any type with a `repr`.
+    """
     description = {
-        name: _ADDRESS.sub("", repr(value))
-        for name, value in {**facts_of_data(), **facts}.items()
+        name: _ADDRESS.sub("", repr(value)) for name, value in facts.items()
     }
     description["model"] = _described(model)
     description["weights"] = str(
@@ -107,9 +118,7 @@ def check_alike(model, facts_of_data, **facts):
     )
     description["optimizer"] = _described(model.optimizer)
     description["loss"] = _described(model.loss)
-    workers = Workers(strategy)
-    workers.check_alike(description)
-    workers.shuffle_alike()
+    return description
 
 
 def _described(what):

@@ -6,6 +6,7 @@ Separation of concerns:
 - `_memory_course.py`: the course of a probe.
 - `_memory_process.py`, `_memory_worker.py`: the same in a child process.
 - `_memory_cache.py`: profiles kept in a folder.
+- `_memory_workers.py`: what several workers settle before.
 - `_memory_key.py`, `_memory_code.py`: what tells a model from all others.
 - `_memory_compare.py`: dtype policies side by side.
 - `size_search.py`: which size is tried next. Pure.
@@ -42,11 +43,14 @@ from keras_batchsize._memory_limits import errors_of_fit
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
+from keras_batchsize._memory_workers import check_alike
+from keras_batchsize._memory_workers import shared_by_all
 from keras_batchsize._memory_workload import Workload
 from keras_batchsize._memory_workload import build_layers
 
 __all__ = [
     "can_be_read_twice",
+    "check_alike",
     "compare_dtype_policies",
     "errors_of_fit",
     "find_max_batch_size",
@@ -107,7 +111,8 @@ def find_max_batch_size(
         cache: Folder in which profiles are kept and looked up by model,
             compile settings, dtype policies, data, device and limits; None
             to probe always. A model that cannot be told from others for sure
-            is always probed, with a warning.
+            is always probed, with a warning. Several workers take a profile
+            only if all of them have kept the same one.
 
     Returns:
         A `BatchProfile`.
@@ -115,7 +120,7 @@ def find_max_batch_size(
     Raises:
         TypeError: If an argument is of another kind.
         ValueError: If an argument has an impossible value, the model cannot
-            be probed, or not even the smallest batch fits.
+            be probed, not even the smallest batch fits, or workers differ.
     """
     limits = Limits(start, maximum, memory_limit, safety_margin, time_budget)
     check_folder(cache)
@@ -124,6 +129,8 @@ def find_max_batch_size(
     _check_weights(model, limits)
     with _keras_private_random.states_kept():
         examples = read_examples(model, x, y, sample_weight)
+    asked = {"accumulates": bool(accumulates), "cache": cache is not None}
+    check_alike(model, examples, limits, **asked)
     path = None
     if cache is not None:
         device = ", ".join(devices_of(model))
@@ -131,8 +138,8 @@ def find_max_batch_size(
         path = path_of(
             cache, model, examples, limits, isolation, device, accumulates
         )
-        known = path and load(path)
-        if known is not None and _still_fits(known, model, limits):
+        known = _known(path, model, limits)
+        if known is not None:
             return known
     run = probe_in_process if isolation else probe
     profile = run(model, examples, limits, accumulates)
@@ -141,11 +148,16 @@ def find_max_batch_size(
     return profile
 
 
-def _still_fits(profile, model, limits):
-    own, _ = meter_for(model).limit()
-    if own is None or limits.memory_limit is not None:
-        own = limits.memory_limit
-    return still_fits(profile, own, limits.safety_margin)
+def _known(path, model, limits):
+    """Returns the profile in a file, None if it does not hold any more."""
+    profile = path and load(path)
+    if profile is not None:
+        own, _ = meter_for(model).limit()
+        if own is None or limits.memory_limit is not None:
+            own = limits.memory_limit
+        if not still_fits(profile, own, limits.safety_margin):
+            profile = None
+    return shared_by_all(model, profile)
 
 
 def compare_dtype_policies(

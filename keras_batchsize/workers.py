@@ -156,7 +156,8 @@ class Workers:
                 )
             except tf.errors.DeadlineExceededError as error:
                 raise RuntimeError(
-                    "All workers must come to `fit`: they train together. "
+                    "All workers must come to `fit`, or to the probe: they "
+                    "train together. "
                     f"Received: nothing from /job:{job}/task:{task} for "
                     f"{PATIENCE} seconds. Look at its output: it may be making "
                     "another model, or another number of them."

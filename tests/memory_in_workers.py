@@ -1,12 +1,14 @@
 """Two workers with unequal memory: a program that each of them runs.
 
 TF_CONFIG says which worker it is, the environment how much TensorFlow's
-allocator may hand out. Prints one line of JSON with all that must be the same
-on both.
+allocator may hand out, the argument where each may keep profiles of its own.
+Prints one line of JSON with all that must be the same on both.
 """
 
 import hashlib
 import json
+import os
+import pathlib
 import sys
 
 import comparing
@@ -27,6 +29,35 @@ def wide():
     model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     return model
+
+
+INDEX = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+
+def kept(model):
+    """Returns what three probes found, of which one worker forgets the first.
+
+    A worker that probes alone would wait for the other one.
+    """
+    folder = pathlib.Path(sys.argv[1]) / f"profiles of {INDEX}"
+    data, found = comparing.regression(64), []
+    for _ in range(3):
+        profile = kb.find_max_batch_size(
+            model, *data, maximum=8, time_budget=10_000.0, cache=folder
+        )
+        found.append([row.step_seconds for row in profile.rows])
+        if INDEX == 1 and len(found) == 1:
+            [file] = folder.iterdir()
+            file.unlink()
+    return found
+
+
+def error_with_other_data(model):
+    """Returns the error of workers that have not as many examples."""
+    try:
+        kb.find_max_batch_size(model, *comparing.regression(64 - 8 * INDEX))
+    except ValueError as error:
+        return str(error)
 
 
 def main():
@@ -53,6 +84,8 @@ def main():
         "failed": [row.note == "out of memory" for row in profile.rows],
         "losses": history.history["loss"],
         "weights": hashlib.sha256(weights).hexdigest(),
+        "kept": kept(model),
+        "error": error_with_other_data(model),
     }
     sys.stdout.write(json.dumps(outcome) + "\n")
 

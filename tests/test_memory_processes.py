@@ -67,7 +67,7 @@ def run_workers(folder, environments):
             with open(folder / f"{index}.err", "w") as errors:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "memory_in_workers.py"],
+                        [sys.executable, "memory_in_workers.py", str(folder)],
                         cwd=SCRIPT.parent,
                         env={
                             **os.environ,
@@ -100,6 +100,10 @@ def test_two_workers_agree_on_what_the_smaller_one_takes(tmp_path):
     assert not any(first["failed"])
     assert first["size"] % 2 == 0 and first["size"] in first["tried"]
     assert np.all(np.isfinite(first["losses"]))
+    # A profile that one of them has lost is none; the next is of both.
+    _, probed, kept = first["kept"]
+    assert probed == kept
+    assert "examples=64 on worker 0, examples=56 on" in first["error"]
 
 
 def model_of(activation="relu", optimizer="adam", width=32):

@@ -1,0 +1,82 @@
+"""What several workers settle before a probe, which they run together.
+
+All must try the same sizes: one that tried another, or none, would be waited
+for without end.
+"""
+
+import hashlib
+import json
+
+import keras
+
+from keras_batchsize import distributed
+from keras_batchsize import replicas
+from keras_batchsize._memory_key import spec_of
+from keras_batchsize.workers import Workers
+
+
+def check_alike(model, examples, limits, **facts):
+    """Raises on every worker if they are about to probe differently.
+
+    Memory may differ, and `memory_limit` with it: the least of all decides.
+
+    Args:
+        model: A compiled Keras model.
+        examples: Its `Examples`.
+        limits: The `Limits`.
+        **facts: What else has to be the same, of any type with a `repr`.
+
+    Raises:
+        ValueError: If workers differ.
+        RuntimeError: If a worker does not come.
+    """
+    if replicas.workers(model) == 1:
+        return
+    facts = {
+        "examples": examples.count,
+        "example": keras.tree.map_structure(spec_of, examples.one),
+        "bytes_of_data": examples.data_bytes,
+        **vars(limits),
+        **facts,
+    }
+    del facts["memory_limit"]
+    workers = Workers(model.distribute_strategy)
+    workers.check_alike(distributed.described(model, facts))
+
+
+def shared_by_all(model, profile):
+    """Returns a kept profile if all workers have kept the same one.
+
+    Of the same size is not enough: batch sizes are decided by its times, too.
+
+    Args:
+        model: A compiled Keras model.
+        profile: The `BatchProfile` that this worker has, or None.
+
+    Returns:
+        The profile; None if they are to probe.
+    """
+    if replicas.workers(model) == 1:
+        return profile
+    workers = Workers(model.distribute_strategy)
+    most, inverse, missing = workers.largest(numbers_of(profile))
+    return None if missing or inverse != 1.0 / most else profile
+
+
+def numbers_of(profile):
+    """Returns what tells a profile from others, as positive numbers.
+
+    Args:
+        profile: A `BatchProfile` or None.
+
+    Returns:
+        Tuple of a number, its inverse, which is larger where the number is
+        smaller, and whether there is no profile.
+    """
+    if profile is None:
+        return 0.0, 0.0, 1.0
+    text = json.dumps([profile.max_batch_size, profile.to_dict()["rows"]])
+    # Of 48 bits: a float holds it, and inverses are different floats, too.
+    digits = hashlib.sha256(text.encode()).hexdigest()[:12]
+    number = 1.0 + int(digits, 16)
+    return number, 1.0 / number, 0.0
