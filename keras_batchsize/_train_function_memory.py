@@ -10,6 +10,8 @@ import gc
 import math
 import warnings
 
+import tensorflow as tf
+
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import replicas
@@ -52,7 +54,7 @@ class MemoryGuard:
             key: What is run: calls with the same key need the same memory.
             shrink: Function without arguments that lets `train` need less
                 and returns the new key; it raises if there is no way.
-            backup_dir: Where the last backup is, or None.
+            backup_dir: Folder that backups go to, None if not known.
 
         Returns:
             What `train` returned.
@@ -89,17 +91,11 @@ class MemoryGuard:
         return exhaustion.HeldValues(variables)
 
     def _give_up(self, error, backup_dir):
-        backup = "There is no backup: pass backup_dir=... next time."
-        if backup_dir is not None:
-            backup = (
-                f"Start again with backup_dir={backup_dir!r}: training goes "
-                "on from the last backup."
-            )
         kind = VariablesFreed if self._has_freed() else RuntimeError
         raise kind(
             f"Memory ran out, and training cannot go on: {self._why()}. "
-            f"Received: {str(error)[:200]!r}. {backup} A smaller "
-            "`max_batch_size` leaves more room."
+            f"Received: {str(error)[:200]!r}. {_advice(backup_dir)} A "
+            "smaller `max_batch_size` leaves more room."
         ) from error
 
     def _has_freed(self):
@@ -123,6 +119,25 @@ class MemoryGuard:
             "an update is half-made, and the variables are too large to be "
             "held all the time"
         )
+
+
+def _advice(backup_dir):
+    """Says how to start again."""
+    if backup_dir is None:
+        # The callbacks of a plain `fit` are not known here.
+        return (
+            "Without a `BackupAndRestore` there is no backup: pass "
+            "backup_dir=..., or add one to `callbacks`, next time."
+        )
+    files = []
+    if tf.io.gfile.exists(backup_dir):
+        files = tf.io.gfile.listdir(backup_dir)
+    if not any(one.endswith(".weights.h5") for one in files):
+        return f"Nothing has been saved in backup_dir={backup_dir!r} yet."
+    return (
+        f"Start again with backup_dir={backup_dir!r}: training goes on from "
+        "the last backup."
+    )
 
 
 def held_always(variables):

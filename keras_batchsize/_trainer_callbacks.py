@@ -34,6 +34,16 @@ class TrainerBatchSize(DynamicBatchSize):
         """Returns the trainer's controller."""
         return self._controller
 
+    def look_for_backups(self, callbacks):
+        """Takes note of where backups go, Keras's own among them.
+
+        Args:
+            callbacks: List of Keras callbacks.
+        """
+        for one in callbacks:
+            if isinstance(one, keras.callbacks.BackupAndRestore):
+                self._backup_dir = str(one.backup_dir)
+
 
 def callbacks_of(trainer, given, sizes, superbatches, verbose):
     """Returns the callbacks of a `fit`, ours first.
@@ -53,6 +63,7 @@ def callbacks_of(trainer, given, sizes, superbatches, verbose):
         given.append(trainer.tensorboard)
     if trainer.backup_dir is not None:
         given.append(BackupAndRestore(trainer.backup_dir))
+    sizes.look_for_backups(given)
     has_bar = any(
         isinstance(one, keras.callbacks.ProgbarLogger) for one in given
     )

@@ -63,7 +63,7 @@ class AdaptiveTrainFunction:
             more often, when the epoch has ended.
         tally: The `Tally` of this `fit`.
         identity: Name of the training, kept when it is resumed, or None.
-        backup_dir: Folder of the backups, if there are any.
+        backup_dir: Folder that backups go to, None if not known.
         steps: The `EpochSteps`.
     """
 

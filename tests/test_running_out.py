@@ -198,7 +198,7 @@ def test_model_that_cannot_be_cut_says_so():
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_unheld_variables_end_training_with_the_backup_named(
-    jit_compile, monkeypatch
+    jit_compile, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "true")
     monkeypatch.setattr(_train_function_memory, "_HELD_ALWAYS", 1)
@@ -212,9 +212,16 @@ def test_unheld_variables_end_training_with_the_backup_named(
     for _ in range(2):
         assert guard.run(lambda: 1, "key", None) == 1
     reason = "XLA has freed" if jit_compile else "half-made"
-    with pytest.raises(RuntimeError, match=f"{reason}(?s:.*)'kept/here'"):
-        guard.run(fails, "key", None, "kept/here")
-    with pytest.raises(RuntimeError, match="There is no backup"):
+    backup = tmp_path / "backup"
+    with pytest.raises(RuntimeError, match="Nothing has been saved"):
+        guard.run(fails, "key", None, str(backup))
+    backup.mkdir()
+    with pytest.raises(RuntimeError, match="Nothing has been saved"):
+        guard.run(fails, "key", None, str(backup))
+    model.save_weights(backup / "latest.weights.h5")
+    with pytest.raises(RuntimeError, match=f"{reason}(?s:.*)'{backup}'"):
+        guard.run(fails, "key", None, str(backup))
+    with pytest.raises(RuntimeError, match="Without a `BackupAndRestore`"):
         guard.run(fails, "key", None)
     # A size that has not run yet is held, whatever it costs.
     sizes = iter(["smaller"])
@@ -342,21 +349,37 @@ def test_other_workers_are_not_left_waiting():
         guard.run(fails, "key", None)
 
 
-@pytest.mark.filterwarnings(HALVED)
-def test_backup_is_named(tmp_path, monkeypatch):
-    named = []
+class RunsOut(keras.callbacks.Callback):
+    """Lets what is left of memory go at the end of an epoch."""
 
-    def run(self, train, key, shrink, backup_dir=None):
-        named.append(backup_dir)
-        return train()
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.layers[1].most = 0
 
-    monkeypatch.setattr(_train_function_memory.MemoryGuard, "run", run)
-    model = of_limited(10**6)()
+
+@pytest.mark.parametrize("kind", ["argument", "ours", "of Keras"])
+def test_backup_is_named_whoever_makes_it(kind, tmp_path):
+    folder, callbacks = str(tmp_path / "backup"), [RunsOut()]
+    if kind == "ours":
+        callbacks.append(kb.BackupAndRestore(folder))
+    if kind == "of Keras":
+        callbacks.append(keras.callbacks.BackupAndRestore(folder))
     trainer = kb.AdaptiveTrainer(
-        model, policy="fixed", backup_dir=str(tmp_path), verbose=0
+        of_limited(10**6)(),
+        policy="fixed",
+        superbatch_size=32,
+        backup_dir=folder if kind == "argument" else None,
+        verbose=0,
     )
-    trainer.fit(*comparing.regression(), batch_size=8, verbose=0)
-    assert set(named) == {str(tmp_path)}
+    # On a CPU without a limit a size that has run twice is not held.
+    with pytest.raises(RuntimeError, match="cannot go on") as caught:
+        trainer.fit(
+            *comparing.regression(96),
+            batch_size=8,
+            epochs=3,
+            verbose=0,
+            callbacks=callbacks,
+        )
+    assert f"Start again with backup_dir={folder!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
