@@ -1,5 +1,7 @@
 """`MemoryProbe`: finds out what fits, at the start of a training."""
 
+import math
+
 import keras
 
 from keras_batchsize import memory
@@ -14,7 +16,8 @@ class MemoryProbe(keras.callbacks.Callback):
     To be used beside a `DynamicBatchSize` or an `AdaptiveTrainer`. No pass
     through the model then holds more examples than the probe found to fit;
     larger batches are summed up from such passes. The policy starts from the
-    step times that the probe measured.
+    step times that the probe measured. The ragged last batch of an epoch is
+    run where the length of an epoch is known, which only a trainer tells.
 
     ```python
     model.fit(x, y, batch_size=2048, callbacks=[
@@ -77,7 +80,16 @@ class MemoryProbe(keras.callbacks.Callback):
         limits = self._limits(
             max(controller.superbatch_size, controller.ladder.base)
         )
-        examples = Examples(data)
+        examples = Examples(data, self._examples_per_epoch(limits.maximum))
         memory.check_alike(self.model, examples, limits)
         self.profile = memory.probe(self.model, examples, limits)
         controller.expect(self.profile)
+
+    def _examples_per_epoch(self, maximum):
+        """Returns how many there are, infinity if not known.
+
+        Nor where there are fewer than the largest size: they are not what ends
+        the probe, as batches may be larger than an epoch.
+        """
+        known = train_function_of(self.model).steps.examples or 0
+        return known if known >= maximum else math.inf

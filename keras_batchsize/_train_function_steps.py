@@ -14,12 +14,14 @@ class EpochSteps:
         done: How many of them are done.
         takes_the_rest: Whether the last one takes all that is left, as the
             number is a guess: Keras would leave the rest of the data out.
+        examples: Examples in all of them, None if not known.
     """
 
     def __init__(self, number):
         self.number = number
         self.done = 0
         self.takes_the_rest = False
+        self.examples = None
 
     def end_of_call(self, at_once):
         """Returns how many are done when Keras's next call ends.

@@ -82,8 +82,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
     _depth = 4
     # Whether the last step of an epoch takes all that is left.
     _takes_the_rest = False
-    # Where another callback saves backups, if that is known.
-    _backup_dir = None
+    # Where another callback saves backups, and how many examples an epoch has,
+    # if that is known.
+    _backup_dir = _examples_per_epoch = None
 
     def __init__(
         self,
@@ -178,6 +179,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end
         function.steps.takes_the_rest = self._takes_the_rest
+        function.steps.examples = self._examples_per_epoch
         function.backup_dir = self._backup_dir
         self.report = Report()
         function.on_superbatch.append(self.report.add_row)

@@ -25,6 +25,8 @@ from keras_batchsize.plan import Ladder
 from keras_batchsize.superbatches import make_superbatches
 from keras_batchsize.update_graphs import KeptSteps
 
+_split = keras_private.train_validation_split
+
 
 class AdaptiveTrainer:
     """Trains a Keras model with a batch size that follows the gradient noise.
@@ -173,11 +175,12 @@ class AdaptiveTrainer:
             The Keras `History`, with `batch_size`, `noise_scale` and
             `examples_per_second` added for each epoch.
         """
-        self._probe_first(x, y, sample_weight)
-        superbatches, validation_data = self._superbatches(
-            (x, y, sample_weight),
-            validation_data,
-            validation_split,
+        data = x, y, sample_weight
+        if validation_split and validation_data is None:
+            data, validation_data = _split(data, validation_split)
+        self._probe_first(*data)
+        superbatches = self._superbatches(
+            *data,
             batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
             shuffle=shuffle,
@@ -207,18 +210,13 @@ class AdaptiveTrainer:
             with memory.errors_of_fit():
                 self.probe(x, y, sample_weight)
 
-    def _superbatches(self, data, validation_data, validation_split, **how):
-        """Returns the `Superbatches`, and the data to validate on."""
+    def _superbatches(self, *data, **how):
         requirements.check_model(self.model)
-        if validation_split and validation_data is None:
-            data, validation_data = keras_private.train_validation_split(
-                data, validation_split=validation_split
-            )
         superbatches = make_superbatches(
             self.model, *data, superbatch_size=self.superbatch_size, **how
         )
         check_last_batch(self.model, superbatches)
-        return superbatches, validation_data
+        return superbatches
 
     def _fit(self, superbatches, callbacks, verbose, **arguments):
         controller = self._controller_for(superbatches)

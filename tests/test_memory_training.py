@@ -73,6 +73,27 @@ def test_callback_makes_larger_batches_of_smaller_passes(monkeypatch):
     assert (row.batch_size, row.micro_batch_size) == (8, 4)
 
 
+@pytest.mark.parametrize(
+    ("examples", "tails"), [(128, set()), (134, {6}), (20, set())]
+)
+def test_callback_runs_the_ragged_batch_of_an_epoch(
+    examples, tails, monkeypatch
+):
+    meter = FakeMeter(None)
+    monkeypatch.setattr(memory, "meter_for", lambda model: meter)
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    trainer = kb.AdaptiveTrainer(
+        make(), policy="fixed", superbatch_size=32, verbose=0
+    )
+    probe = kb.MemoryProbe()
+    data = comparing.regression(examples)
+    trainer.fit(*data, batch_size=8, verbose=0, callbacks=[probe])
+    assert probe.profile.max_batch_size == 32
+    # Not by fewer data, should there be less than a superbatch of them.
+    assert probe.profile.reason == "maximum"
+    assert {size for what, size in meter.ran if what == "tail"} == tails
+
+
 def test_callback_needs_somebody_who_decides():
     with pytest.raises(ValueError, match="beside a `DynamicBatchSize`"):
         make().fit(
@@ -141,6 +162,26 @@ def test_a_largest_size_that_is_given_is_not_probed(monkeypatch):
     )
     trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
     assert trainer.report.settings["max_batch_size"] == 16
+
+
+def test_only_what_is_trained_on_is_probed(monkeypatch):
+    counts = []
+
+    def find(model, *data, **arguments):
+        counts.append([len(one) for one in data if one is not None])
+        return found(20)
+
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(memory, "find_max_batch_size", find)
+    trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
+    history = trainer.fit(
+        *comparing.regression(512),
+        batch_size=8,
+        validation_split=0.25,
+        verbose=0,
+    )
+    assert counts == [[384, 384]]
+    assert "val_loss" in history.history
 
 
 def test_sums_of_gradients_fit_where_a_trainer_probes(monkeypatch):
