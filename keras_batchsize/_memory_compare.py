@@ -12,9 +12,11 @@ from keras_batchsize import _keras_private_random
 from keras_batchsize import exhaustion
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import whole
+from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize._memory_meters import HOST_MEMORY
 from keras_batchsize._memory_process import NOT_SUPPORTED
+from keras_batchsize._superbatches_arrays import is_arrays
 from keras_batchsize.batch_profile import BatchProfile
 
 # First updates whose losses are compared, on so many examples each.
@@ -127,7 +129,7 @@ def compared(build_fn, x, y, policies, find):
 
     Args:
         build_fn: Function without arguments that returns a compiled model.
-        x: As in `Model.fit`.
+        x: As in `find_max_batch_size`.
         y: As in `Model.fit`.
         policies: Names of dtype policies.
         find: Function from a model to its `BatchProfile`.
@@ -151,7 +153,7 @@ def compared(build_fn, x, y, policies, find):
             if first.result is not None:
                 # Last, or its models would take the memory that is probed.
                 keras.config.set_dtype_policy(first.result.dtype_policy)
-                spread = _spread(build_fn, (x, y), first)
+                spread = _spread(build_fn, first)
     finally:
         keras.config.set_dtype_policy(before)
     results = [_judged(result, first.result, spread) for result in results]
@@ -168,12 +170,13 @@ class _First:
         result: Its `PolicyResult`, None before.
         weights: Initial weights, from which all policies start.
         examples: On how many examples losses are compared.
+        parts: These examples, as `train_on_batch` takes them.
     """
 
     def __init__(self, policy):
         self.policy = policy
         self.result = self.weights = None
-        self.examples = EXAMPLES
+        self.examples, self.parts = EXAMPLES, ()
 
 
 def _result(build_fn, policy, data, find, first):
@@ -184,9 +187,10 @@ def _result(build_fn, policy, data, find, first):
         if first.result is None:
             first.weights = model.get_weights()
             first.examples = min(EXAMPLES, fitting)
+            first.parts = _first_examples(model, data, first.examples)
         losses = ()
         if first.examples <= fitting:
-            losses = _first_losses(model, data, first)
+            losses = _first_losses(model, first)
     except NothingFits as error:
         # What follows is of the call.
         text, _, _ = str(error).partition(" Received:")
@@ -211,7 +215,7 @@ def _judged(result, reference, spread):
     return dataclasses.replace(result, agrees=agrees)
 
 
-def _spread(build_fn, data, first):
+def _spread(build_fn, first):
     """Returns how far other seeds take a loss, 0 without randomness."""
     spread, losses = 0.0, first.result.losses
     for seed in range(_SEEDS):
@@ -219,8 +223,8 @@ def _spread(build_fn, data, first):
         model = build_fn()
         # It may have set the seed itself: other masks come later, too.
         for _ in range(seed + 1):
-            model(_first_examples(data[0], first.examples), training=True)
-        others = _first_losses(model, data, first)
+            model(first.parts[0], training=True)
+        others = _first_losses(model, first)
         if others == losses:
             break
         spread = max(
@@ -229,9 +233,8 @@ def _spread(build_fn, data, first):
     return spread
 
 
-def _first_losses(model, data, first):
+def _first_losses(model, first):
     """Trains a few updates from given weights, and returns their losses."""
-    parts = _first_examples(data, first.examples)
     if [one.shape for one in first.weights] == [
         one.shape for one in model.get_weights()
     ]:
@@ -239,13 +242,20 @@ def _first_losses(model, data, first):
     losses = []
     for _ in range(UPDATES):
         model.reset_metrics()
-        logs = model.train_on_batch(*parts, return_dict=True)
+        logs = model.train_on_batch(*first.parts, return_dict=True)
         losses.append(float(logs["loss"]))
     return tuple(losses)
 
 
-def _first_examples(data, count):
-    return keras.tree.map_structure(lambda one: one[:count], data)
+def _first_examples(model, data, count):
+    """Returns x and y, and weights where batches hold them, cut to a few."""
+    if is_arrays(data[0]):
+        return keras.tree.map_structure(
+            lambda one: None if one is None else one[:count], data
+        )
+    with _keras_private_random.states_kept():
+        few = read_examples(model, *data).few(count)
+    return keras.utils.unpack_x_y_sample_weight(few)
 
 
 def _agree(result, reference, spread):

@@ -163,7 +163,7 @@ def _known(path, model, limits):
 def compare_dtype_policies(
     build_fn,
     x,
-    y,
+    y=None,
     policies=("float32", "mixed_bfloat16", "mixed_float16"),
     **limits,
 ):
@@ -180,8 +180,8 @@ def compare_dtype_policies(
     Args:
         build_fn: Function without arguments that returns a compiled model,
             under whatever dtype policy is the global one.
-        x: Arrays, as in `Model.fit`.
-        y: Arrays, as in `Model.fit`.
+        x: As in `find_max_batch_size`.
+        y: As in `Model.fit`.
         policies: Names of dtype policies; the others are compared with the
             first.
         **limits: As in `find_max_batch_size`.

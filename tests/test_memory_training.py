@@ -537,6 +537,63 @@ def test_policies_are_compared_and_put_back():
     assert "mixed_float16" in lines[3] and "agree" in lines[3]
 
 
+class Batches(keras.utils.PyDataset):
+    """Batches of eight examples of given arrays."""
+
+    def __init__(self, *arrays):
+        super().__init__()
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays[0]) // 8
+
+    def __getitem__(self, index):
+        return tuple(one[8 * index : 8 * index + 8] for one in self.arrays)
+
+
+def of_itself():
+    """Learns without targets, by a loss of its own output."""
+
+    class Smaller(keras.Model):
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            return keras.ops.mean(keras.ops.square(y_pred))
+
+    inputs = keras.Input((comparing.FEATURES,))
+    outputs = keras.layers.Dense(1, dtype="float32")(inputs)
+    model = Smaller(inputs, outputs)
+    model.compile("sgd")
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind", ["dataset", "weighted", "py_dataset", "no targets"]
+)
+def test_policies_are_compared_on_any_data_that_can_be_probed(kind):
+    x, y = comparing.regression(64)
+    weighted = x, y, np.linspace(0, 2, 64, dtype="float32")
+    build_fn, arguments = {
+        "dataset": (
+            build,
+            [tf.data.Dataset.from_tensor_slices((x, y)).batch(8)],
+        ),
+        "weighted": (
+            build,
+            [tf.data.Dataset.from_tensor_slices(weighted).batch(8)],
+        ),
+        "py_dataset": (build, [Batches(x, y)]),
+        "no targets": (of_itself, [x]),
+    }[kind]
+    policies = {"policies": ["float32", "mixed_bfloat16"], "maximum": 64}
+    found = kb.compare_dtype_policies(build_fn, *arguments, **policies)
+    first, second = found.results
+    assert first.profile.max_batch_size == 64
+    assert len(first.losses) == 5 and second.agrees
+    if kind in ("dataset", "py_dataset"):
+        # The same examples as of arrays.
+        other = kb.compare_dtype_policies(build, x, y, **policies)
+        assert first.losses == pytest.approx(other.results[0].losses)
+
+
 def with_dropout():
     keras.utils.set_random_seed(0)  # As many a user's function does.
     inputs = keras.Input((comparing.FEATURES,))
