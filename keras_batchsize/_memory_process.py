@@ -23,6 +23,7 @@ from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize.batch_profile import BatchProfile
 
 _WORKER = "keras_batchsize._memory_worker"
+_LIMIT = "TF_CPU_BFC_MEM_LIMIT_IN_MB"
 # Keras says that a layer lacks a type by the first two, TensorFlow that an
 # operation does by the last three.
 NOT_SUPPORTED = (
@@ -229,19 +230,30 @@ def _save_examples(folder, request, examples):
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
 
 
-def _run(folder, limits):
+def environment_of(limits):
+    """Returns the environment variables of a child process, as a dict.
+
+    Args:
+        limits: The `Limits`.
+    """
     environment = {**os.environ, "TF_CPU_ALLOCATOR_USE_BFC": "true"}
     if limits.memory_limit is not None:
-        environment["TF_CPU_BFC_MEM_LIMIT_IN_MB"] = str(
-            max(limits.memory_limit // 2**20, 1)
-        )
+        # It may have no more than this process has.
+        own = environment.get(_LIMIT, "")
+        allowed = [max(limits.memory_limit // 2**20, 1)]
+        allowed += [int(own)] if own.isdigit() else []
+        environment[_LIMIT] = str(min(allowed))
     path = [*filter(None, sys.path), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def _run(folder, limits):
     seconds = _START_SECONDS + 2 * limits.time_budget
     try:
         process = subprocess.run(
             [sys.executable, "-m", _WORKER, str(folder)],
-            env=environment,
+            env=environment_of(limits),
             capture_output=True,
             text=True,
             timeout=seconds if seconds < _LONGEST_SECONDS else None,

@@ -135,6 +135,27 @@ def test_trials_in_a_child_process():
     assert not model.optimizer.built
 
 
+@pytest.mark.parametrize(
+    ("own", "limit", "expected"),
+    [
+        (None, 300, "300"),
+        ("200", 300, "200"),
+        ("400", 300, "300"),
+        ("none", 300, "300"),
+        ("200", None, "200"),
+    ],
+)
+def test_a_child_process_gets_no_more_memory_than_its_parent(
+    own, limit, expected, monkeypatch
+):
+    name = "TF_CPU_BFC_MEM_LIMIT_IN_MB"
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    limits = memory.Limits(memory_limit=limit and limit * 2**20)
+    assert _memory_process.environment_of(limits)[name] == expected
+
+
 def test_nothing_fits_in_a_child_process():
     with pytest.raises(ValueError, match="No batch size fits"):
         kb.find_max_batch_size(
