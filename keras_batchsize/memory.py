@@ -269,7 +269,11 @@ def check_probed(model):
 
 
 def _check_weights(model, limits):
-    """Raises, before the model is touched, if its weights do not fit."""
+    """Raises, before the model is touched, if its weights do not fit.
+
+    Those of a model that is not built show when the probe has built it, which
+    cannot be undone.
+    """
     needed = exhaustion.bytes_of(exhaustion.variables_of(model))
     usable = (limits.memory_limit or math.inf) * (1.0 - limits.safety_margin)
     if needed >= usable:

@@ -728,6 +728,14 @@ def test_limit_below_the_weights_is_refused():
     assert not model.optimizer.built
 
 
+def test_limit_below_weights_that_are_not_there_yet_is_refused():
+    model = keras.Sequential([keras.layers.Dense(500), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    limits = {"memory_limit": 2000}
+    with pytest.raises(ValueError, match="(?s)weights.*Received: memory_limit"):
+        kb.find_max_batch_size(model, *comparing.regression(), **limits)
+
+
 def test_data_that_leave_no_room_are_named():
     x = np.zeros((1000, comparing.FEATURES), "float32")
     meter = FakeMeter(limit=20_000, slope=1)
