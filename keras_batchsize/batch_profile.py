@@ -56,10 +56,11 @@ class ProfileRow:
 
 @dataclasses.dataclass
 class BatchProfile:
-    """Memory and speed of a model's training step over the batch size.
+    """Memory and speed of a model's training step at the sizes tried.
 
     Attributes:
-        rows: List of `ProfileRow`, in increasing order of the batch size.
+        rows: List of `ProfileRow`, one for each size that was tried and no
+            other, in increasing order of the batch size.
         max_batch_size: Largest size that was run and stayed within the
             margin, in examples.
         reason: What kept it from being larger: "memory", "dataset",
