@@ -124,12 +124,9 @@ def lines(profile):
     ]
 
 
-def show(profile, print_fn=None):
-    """Hands the lines to `print_fn`, or writes them to the standard output."""
+def show(text, print_fn=None):
+    """Hands a text to `print_fn`, or writes it to the standard output."""
     if print_fn is None:
-
-        def print_fn(line):
-            sys.stdout.write(line + "\n")
-
-    for line in lines(profile):
-        print_fn(line)
+        sys.stdout.write(text + "\n")
+    else:
+        print_fn(text)

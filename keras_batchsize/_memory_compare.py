@@ -4,10 +4,10 @@ import dataclasses
 import gc
 import math
 import random
-import sys
 
 import keras
 
+from keras_batchsize import _batch_profile_text
 from keras_batchsize import _keras_private_random
 from keras_batchsize import exhaustion
 from keras_batchsize import size_search
@@ -84,14 +84,10 @@ class DtypeComparison:
         """Prints the comparison as a table.
 
         Args:
-            print_fn: Function of a string, called once per line; None for
-                the standard output.
+            print_fn: Function of a string, called once with the whole text,
+                as by `keras.Model.summary`; None for the standard output.
         """
-        for line in str(self).splitlines():
-            if print_fn is None:
-                sys.stdout.write(line + "\n")
-            else:
-                print_fn(line)
+        _batch_profile_text.show(str(self), print_fn)
 
 
 _HEADER = (

@@ -171,10 +171,10 @@ class BatchProfile:
         """Prints the profile as a table.
 
         Args:
-            print_fn: Function of a string, called once per line; None for
-                the standard output.
+            print_fn: Function of a string, called once with the whole text,
+                as by `keras.Model.summary`; None for the standard output.
         """
-        _batch_profile_text.show(self, print_fn)
+        _batch_profile_text.show(str(self), print_fn)
 
     def __str__(self):
         return "\n".join(_batch_profile_text.lines(self))

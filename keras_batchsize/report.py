@@ -108,7 +108,7 @@ class Change:
         new_batch_size: Integer, examples per update from then on.
         noise_scale: Float, in examples, or NaN.
         learning_rate: Float, the effective rate just after the change.
-        reason: String, why, for example `"noise scale, memory cap"`.
+        reason: String, why, for example `"noise scale 1,024"`.
         predicted_speedup: Float, progress per second, new size over old:
             1.12 is 12 % faster. NaN if unknown.
         observed_speedup: Float, the same as measured later. NaN until known.
@@ -326,8 +326,9 @@ class Report:
         """Writes the report to a file.
 
         Args:
-            path: Path. A .json file holds everything and is read by `load`;
-                a .md file holds the tables of `summary` as Markdown.
+            path: Path; folders are made. A .json file holds everything and
+                is read by `load`; a .md file holds the tables of `summary` as
+                Markdown.
         """
         path = pathlib.Path(path)
         if path.suffix == ".json":
@@ -341,6 +342,7 @@ class Report:
                 f"{str(path.with_suffix('.json'))!r} for a file that "
                 "`Report.load` reads, or .md for one that people read."
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod

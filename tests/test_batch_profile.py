@@ -93,9 +93,9 @@ def test_unmeasured_memory_is_said():
 
 
 def test_summary_shows_every_row_and_what_ended_it():
-    lines = []
-    profile().summary(lines.append)
-    text = "\n".join(lines)
+    texts = []
+    profile().summary(texts.append)
+    (text,) = texts
     for shown in ("100", "over", "ended by memory", "float32", "400.0 MB"):
         assert shown in text
     assert text == str(profile())

@@ -531,8 +531,10 @@ def test_policies_are_compared_and_put_back():
         assert result.profile.max_batch_size == 64
         assert result.dtype_policy in result.profile.dtype_policy
         assert result.agrees, result.losses
-    lines = []
-    comparison.summary(lines.append)
+    texts = []
+    comparison.summary(texts.append)
+    (text,) = texts
+    lines = text.splitlines()
     assert len(lines) == 6
     assert "mixed_float16" in lines[3] and "agree" in lines[3]
 

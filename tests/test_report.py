@@ -390,7 +390,7 @@ def test_json_round_trip_is_exact(tmp_path):
     report.add_row(a_row(37, loss=1e-310, noise_lower=-math.inf))
     report.base_seconds = NAN
     report.settings["widths"] = [1, 2.5, None, True, {"deep": "é"}]
-    path = tmp_path / "run.json"
+    path = tmp_path / "new" / "run.json"
 
     report.save(path)
     loaded = Report.load(path)
