@@ -139,8 +139,11 @@ def read_examples(model, x, y=None, sample_weight=None):
         ValueError: If the data can be read only once, or are empty.
     """
     _check_readable_twice(x)
-    is_dataset = isinstance(x, tf.data.Dataset)
-    given = keras_private.in_order(x) if is_dataset else x
+    is_dataset, given = isinstance(x, tf.data.Dataset), x
+    if is_dataset:
+        given = keras_private.in_order(x)
+    elif isinstance(x, keras.utils.PyDataset):
+        given = _WithoutWorkers(x)
     size = _POOL if can_be_joined(model, given) else None
     superbatches = make_superbatches(
         *(model, given, y, sample_weight),
@@ -165,6 +168,29 @@ def read_examples(model, x, y=None, sample_weight=None):
     if not is_dataset and superbatches.num_batches is not None:
         examples.data_bytes = slicing.bytes_of((x, y, sample_weight))
     return examples
+
+
+class _WithoutWorkers(keras.utils.PyDataset):
+    """The batches of a `PyDataset`, read in the thread that asks for them.
+
+    Its own workers read ahead, and for ever wait for somebody to take what
+    they have where only the first few batches are taken.
+
+    Args:
+        data: The `PyDataset`.
+    """
+
+    def __init__(self, data):
+        super().__init__()
+        self._data = data
+
+    @property
+    def num_batches(self):
+        """Batches in an epoch, or None."""
+        return self._data.num_batches
+
+    def __getitem__(self, index):
+        return self._data[index]
 
 
 def can_be_read_twice(x):

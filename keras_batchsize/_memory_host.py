@@ -13,13 +13,15 @@ _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _MEMINFO = pathlib.Path("/proc/meminfo")
 _OWN_GROUPS = pathlib.Path("/proc/self/cgroup")
-# Control groups, version 2 and 1: folder, limit, usage.
+# Control groups, version 2 and 1: folder, limit, usage, and what of the usage
+# the system gives back first.
 _GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
         "/sys/fs/cgroup/memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
+        "total_inactive_file",
     ),
 )
 
@@ -70,14 +72,28 @@ def reset_peak():
 def available_bytes():
     """Returns the memory that the process may still take, or None."""
     found = [_kilobytes("MemAvailable", _read(_MEMINFO))]
-    for top, limit, usage in _GROUPS:
+    for top, *names in _GROUPS:
         for folder in _folders_below(pathlib.Path(top)):
-            most, used = _read(folder / limit), _read(folder / usage)
-            if most.strip().isdigit() and used.strip().isdigit():
-                found.append(int(most) - int(used))
+            found.append(_left_in_group(folder, *names))
     found.append(_address_space())
     known = [max(one, 0) for one in found if one is not None]
     return min(known, default=None)
+
+
+def _left_in_group(folder, limit, usage, cached):
+    """Returns the memory that a control group may still take, or None.
+
+    Pages of files that were read long ago count as its usage, though they are
+    given back when memory is needed; a group that has read large files would
+    seem to be full.
+    """
+    most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+    if not (most.isdigit() and used.isdigit()):
+        return None
+    stated = rf"^{cached} (\d+)$"
+    found = re.search(stated, _read(folder / "memory.stat"), re.MULTILINE)
+    kept = int(used) - (int(found.group(1)) if found else 0)
+    return int(most) - max(kept, 0)
 
 
 def _folders_below(top):

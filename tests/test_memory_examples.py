@@ -1,6 +1,7 @@
 """What a probe reads of the data, and data whose sizes no graph tells."""
 
 import random
+import threading
 
 import comparing
 import keras
@@ -98,6 +99,27 @@ def test_reading_leaves_random_states():
     random.seed(1)
     np.random.seed(1)
     assert drawn == (random.random(), np.random.random())
+
+
+class ReadByWorkers(keras.utils.PyDataset):
+    """More batches than its workers keep ready."""
+
+    def __init__(self):
+        super().__init__(workers=2, max_queue_size=4)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return np.full((8, 1), index, "float32"), np.zeros(8)
+
+
+def test_reading_leaves_no_worker_behind():
+    model, _ = single(tf.zeros([1, 1]))
+    before = threading.active_count()
+    examples = read_examples(model, ReadByWorkers())
+    assert threading.active_count() == before
+    assert (examples.size, examples.count) == (64, 320)
 
 
 def test_no_graph_tells_the_sizes_of_ragged_tensors():

@@ -42,7 +42,10 @@ def host(tmp_path, monkeypatch):
     """A host whose files are written by a test; at first it tells nothing."""
     for name in ("STATUS", "CLEAR", "MEMINFO", "OWN_GROUPS"):
         monkeypatch.setattr(_memory_host, f"_{name}", tmp_path / name)
-    groups = (("max2", "current2"), ("limit1", "usage1"))
+    groups = (
+        ("max2", "current2", "inactive_file"),
+        ("limit1", "usage1", "total_inactive_file"),
+    )
     monkeypatch.setattr(
         _memory_host, "_GROUPS", [(tmp_path, *names) for names in groups]
     )
@@ -71,6 +74,7 @@ NESTED = {
     "job__step__task__max2": "1000\n",
     "job__step__task__current2": "300\n",
 }
+STAT = "anon 900\ninactive_file 6000\ntotal_inactive_file 7000\n"
 VIRTUAL = "VmPeak:\t  999999 kB\nVmSize:\t  100000 kB\nVmRSS:\t  5000 kB\n"
 
 
@@ -85,6 +89,9 @@ VIRTUAL = "VmPeak:\t  999999 kB\nVmSize:\t  100000 kB\nVmRSS:\t  5000 kB\n"
         # Version 1 writes a number larger than any memory for no limit.
         ({"MEMINFO": FREE, "limit1": f"{2**63}", "usage1": "8"}, 8192 * MB),
         ({"max2": "9000", "current2": "9500"}, 0),
+        # Files that were read long ago make room for what is asked for.
+        ({"max2": "9000", "current2": "8900", "memory.stat": STAT}, 6100),
+        ({"limit1": "9000", "usage1": "8900", "memory.stat": STAT}, 7100),
         # Without a container the own group lies below: job, step, task.
         ({"OWN_GROUPS": "0::/job/step\n", **NESTED}, 1500),
         ({"OWN_GROUPS": "0::/job/step/task\n", **NESTED}, 700),
