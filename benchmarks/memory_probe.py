@@ -7,8 +7,8 @@ process:
 - the probe finds a batch size;
 - another process doubles the size from 2 until it runs out of memory, three
   steps and three of validation each, as Lightning's BatchSizeFinder does;
-- eight (`--processes`) train five steps at the size that was found, by plain
-  `fit`; the worst of them counts;
+- as many as `--processes` says train five steps at the size that was found, by
+  plain `fit`; the worst of them counts;
 - as many do the same at 1.05 times the size, and at still larger ones until
   one of them fails. What the answer is of the largest size that a fresh
   process can run, by what is asked of the answer itself, is printed as a
@@ -22,13 +22,14 @@ process:
     python benchmarks/memory_probe.py --models mlp --limits 400 --compare
     python benchmarks/memory_probe.py --models cnn --limits 400 --plot a.png
 
-Seconds leave out importing and building. Run with nothing else on the machine,
-they are comparable; the rest of the table does not depend on that. Where no
-policy is named, float16, for which a CPU has no instructions, is measured with
-the MLP only. About an hour in all on two cores.
+Seconds leave out importing and building. What is timed comes first, line by
+line: if nothing else runs meanwhile, the times are comparable; the rest of the
+table does not depend on that. Where no policy is named, float16, for which a
+CPU has no instructions, is measured with the MLP only.
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import sys
@@ -147,25 +148,52 @@ def share_of_largest(processes, limit, prepare, size):
     return f"at most {size / ran:.0%}"
 
 
-def line(name, policy, limit, arguments):
-    """Returns the cells of a line."""
-    head = [name, policy, f"{limit}"]
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the table, of which all that is timed has run.
+
+    Attributes:
+        head: List of its first cells: model, policy and limit.
+        limit: Megabytes that the allocator may hand out.
+        prepare: Function that makes the model and its examples.
+        probed: `Outcome` of the probe.
+        doubled: `Outcome` of doubling.
+    """
+
+    head: list
+    limit: int
+    prepare: object
+    probed: fresh_processes.Outcome
+    doubled: fresh_processes.Outcome
+
+
+def timed(name, policy, limit):
+    """Probes and doubles, and returns the `Line`."""
     prepare = functools.partial(memory_models.make, name, policy)
-    probed = fresh_processes.call(limit, prepare, run_probe)
-    if probed.died:
-        return [*head, "died", *["-"] * (len(HEADER) - len(head) - 1)]
-    found = probed.said
+    return Line(
+        [name, policy, f"{limit}"],
+        limit,
+        prepare,
+        fresh_processes.call(limit, prepare, run_probe),
+        fresh_processes.call(limit, prepare, run_doubling),
+    )
+
+
+def cells(line, arguments):
+    """Tries the answer of a line, and returns its cells."""
+    if line.probed.died:
+        return [*line.head, "died", *["-"] * (len(HEADER) - 4)]
+    found, doubled = line.probed.said, line.doubled
     if arguments.verbose:
         print(found["summary"], flush=True)
-    doubled = fresh_processes.call(limit, prepare, run_doubling)
-    size, processes = found["size"], arguments.processes
-    steps = fewest_steps(processes, limit, prepare, size)
-    share = "-"
+    size = found["size"]
+    tried = arguments.processes, line.limit, line.prepare, size
+    steps, share = fewest_steps(*tried), "-"
     if steps == STEPS:
-        share = share_of_largest(processes, limit, prepare, size)
+        share = share_of_largest(*tried)
     end = "died" if doubled.died else f"{doubled.said:,}"
     return [
-        *head,
+        *line.head,
         f"{size:,}",
         found["reason"],
         f"{found['trials']}",
@@ -180,7 +208,7 @@ def line(name, policy, limit, arguments):
 
 HEADER = (
     "model", "policy", "limit MB", "batch size", "ended by", "trials",
-    "out of memory", "fresh processes", "of the largest", "seconds",
+    "out of memory", "steps of the worst", "of the largest", "seconds",
     "doubling: seconds (size)", "ratio",
 )
 
@@ -252,13 +280,16 @@ def main():
 
 def print_table(arguments):
     """Prints a line for each model, policy and limit as it comes."""
-    print("| " + " | ".join(HEADER) + " |")
-    print("|" + "---|" * len(HEADER), flush=True)
+    lines = []
     for name in arguments.models:
         for policy in arguments.policies or memory_models.POLICIES[name]:
             for limit in arguments.limits:
-                cells = line(name, policy, limit, arguments)
-                print("| " + " | ".join(cells) + " |", flush=True)
+                lines.append(timed(name, policy, limit))
+                print(" ".join(lines[-1].head), "is timed", file=sys.stderr)
+    print("| " + " | ".join(HEADER) + " |")
+    print("|" + "---|" * len(HEADER), flush=True)
+    for line in lines:
+        print("| " + " | ".join(cells(line, arguments)) + " |", flush=True)
 
 
 if __name__ == "__main__":
