@@ -22,7 +22,7 @@ from keras_batchsize.records import Measurement
 from keras_batchsize.records import finite_or_none
 from keras_batchsize.records import nan_if_none
 
-# Horizons of the noise scale, in superbatches (an epoch has about 16 to 32),
+# Horizons of the noise scale, in superbatches (an epoch has about 8 to 32),
 # and the fewest measurements that each must hold.
 _HORIZONS = (4, 16, 64)
 _MEASUREMENTS = (1, 4, 16)
