@@ -5,8 +5,8 @@
 
 Hyperband looks for the setting that reaches an accuracy in the least time, on a
 fifth of the training data that is kept apart. It ends with the best trial, and
-with how long that setting, trained anew, takes to reach it on the test set, which
-the search has not seen, against plain `fit` with Keras's default batch size of 32.
+with how long that setting takes, trained anew, on the test set, which the search
+has not seen, against plain `fit` with Keras's default batch size of 32.
 """
 
 import argparse

@@ -83,7 +83,8 @@ class MemoryProbe(keras.callbacks.Callback):
         examples = Examples(data, self._examples_per_epoch(limits.maximum))
         memory.check_alike(self.model, examples, limits)
         self.profile = memory.probe(self.model, examples, limits)
-        controller.expect(self.profile)
+        # Measured just now: it may raise the limit of an earlier `fit`.
+        controller.expect(self.profile, is_new=True)
 
     def _examples_per_epoch(self, maximum):
         """Returns how many there are, infinity if not known.

@@ -209,6 +209,20 @@ def can_be_read_twice(x):
         return True  # Not iterable: whoever reads it knows more about it.
 
 
+def may_be_read_ahead(x):
+    """Whether examples may be read that nobody asked to have read.
+
+    Not of a dataset that a Python generator feeds: whether that begins anew
+    would only show when it does not.
+
+    Args:
+        x: As in `Model.fit`.
+    """
+    if isinstance(x, tf.data.Dataset):
+        return not keras_private.is_fed_by_python(x)
+    return can_be_read_twice(x)
+
+
 def _check_readable_twice(x):
     if isinstance(x, tf.distribute.DistributedDataset):
         raise TypeError(

@@ -42,7 +42,7 @@ class CachedProbe:
         if not self._probe:  # 0 is as good as False.
             return None
         if self._probe == "auto" and not (
-            memory.on_accelerator() and memory.can_be_read_twice(x)
+            memory.on_accelerator() and memory.may_be_read_ahead(x)
         ):
             return None
         key = _key_of(model, x, y, maximum)

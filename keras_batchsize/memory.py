@@ -35,6 +35,7 @@ from keras_batchsize._memory_cache import still_fits
 from keras_batchsize._memory_compare import compared
 from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_examples import can_be_read_twice
+from keras_batchsize._memory_examples import may_be_read_ahead
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_key import spec_of
 from keras_batchsize._memory_limits import Limits
@@ -54,6 +55,7 @@ __all__ = [
     "compare_dtype_policies",
     "errors_of_fit",
     "find_max_batch_size",
+    "may_be_read_ahead",
 ]
 
 

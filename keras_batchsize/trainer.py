@@ -200,10 +200,13 @@ class AdaptiveTrainer:
 
     def _probe_first(self, x, y, sample_weight):
         """Looks for the largest size where that is the limit in force."""
-        if not memory.can_be_read_twice(x):
+        is_limit = self.max_batch_size is None and memory.on_accelerator()
+        is_known = self._profile.of(self.model) is not None
+        # Data are not touched without need: to ask a DataLoader whether it can
+        # be read twice is to draw from its random numbers.
+        if not (is_limit or is_known) or not memory.may_be_read_ahead(x):
             return
         self._profile.check(self.model, (x, y, sample_weight))
-        is_limit = self.max_batch_size is None and memory.on_accelerator()
         if not is_limit or self._profile.of(self.model) is not None:
             return
         if memory.takes_any_size(self.model):

@@ -94,6 +94,20 @@ def test_callback_runs_the_ragged_batch_of_an_epoch(
     assert {size for what, size in meter.ran if what == "tail"} == tails
 
 
+def test_callback_may_raise_the_limit_of_an_earlier_fit(monkeypatch):
+    sizes = iter((4, 16))
+    monkeypatch.setattr(
+        memory, "probe", lambda model, examples, limits: found(next(sizes))
+    )
+    data = comparing.regression(128)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    for largest in (4, 16):
+        trainer.fit(
+            *data, batch_size=32, verbose=0, callbacks=[kb.MemoryProbe()]
+        )
+        assert trainer.plan.micro_batch_size == largest
+
+
 def test_callback_needs_somebody_who_decides():
     with pytest.raises(ValueError, match="beside a `DynamicBatchSize`"):
         make().fit(
@@ -362,15 +376,48 @@ def test_other_data_lift_the_limit_of_a_profile(finds):
     assert largest_of(trainer) is None
 
 
-def test_what_can_be_read_once_is_not_read_for_a_profile(finds):
+def read_once(x, y):
+    """Batches of eight that can be read one time only."""
+    return ((x[i : i + 8], y[i : i + 8]) for i in range(0, len(x), 8))
+
+
+def fed_once(x, y):
+    """The same as a `tf.data.Dataset`, which does not show it."""
+    batches = read_once(x, y)
+    return tf.data.Dataset.from_generator(
+        lambda: batches,
+        output_signature=tuple(
+            tf.TensorSpec((8, *data.shape[1:]), data.dtype) for data in (x, y)
+        ),
+    )
+
+
+@pytest.mark.parametrize("make_data", [read_once, fed_once])
+def test_what_can_be_read_once_is_not_read_for_a_profile(make_data, finds):
     finds(found(8))
     x, y = comparing.regression(64)
     trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
     trainer.probe(x, y)
-    batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
-    trainer.fit(batches, batch_size=8, steps_per_epoch=8, verbose=0)
+    trainer.fit(make_data(x, y), batch_size=8, steps_per_epoch=8, verbose=0)
     assert trainer.report.rows[-1].examples == 64
     assert largest_of(trainer) == 8
+
+
+class Counted:
+    """Data that count how often they are asked for an iterator."""
+
+    asked = 0
+
+    def __iter__(self):
+        self.asked += 1
+        return iter(())
+
+
+def test_nothing_is_asked_of_data_where_no_profile_is_known():
+    data = Counted()
+    trainer = kb.AdaptiveTrainer(make(), verbose=0)
+    trainer._probe_first(data, None, None)
+    assert data.asked == 0
 
 
 @pytest.mark.parametrize("how", ["one size", "stateful"])
@@ -448,13 +495,14 @@ def test_what_a_step_of_ones_own_takes_is_not_foretold():
     assert forwards[1:] == [None, None]
 
 
-def test_generators_are_not_probed(monkeypatch):
-    x, y = comparing.regression(64)
+@pytest.mark.parametrize("make_data", [read_once, fed_once])
+def test_generators_are_not_probed(make_data, monkeypatch):
+    data = make_data(*comparing.regression(64))
     monkeypatch.setattr(memory, "on_accelerator", lambda: True)
     trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
-    batches = ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8))
-    trainer.fit(batches, batch_size=8, steps_per_epoch=8, verbose=0)
+    trainer.fit(data, batch_size=8, steps_per_epoch=8, verbose=0)
     assert trainer.batch_size == 8
+    assert trainer.report.rows[-1].examples == 64
 
 
 def goodput_after(profile, monkeypatch):
