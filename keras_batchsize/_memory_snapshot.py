@@ -14,6 +14,7 @@ import numpy as np
 from keras_batchsize import _memory_host
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
+from keras_batchsize import model_state
 from keras_batchsize._batch_profile_text import megabytes
 
 
@@ -42,7 +43,7 @@ class Snapshot:
             ValueError: If the host has no room for the copies. Linux would
                 grant it all the same, and end the process later.
         """
-        variables = exhaustion.variables_of(self._model)
+        variables = model_state.variables_of(self._model)
         variables += keras_private.global_seeds(self._keras)
         new = [one for one in variables if id(one) not in self._known]
         parts = [part for one in new for part in exhaustion.components(one)]
@@ -55,7 +56,7 @@ class Snapshot:
     @property
     def variables(self):
         """The variables of the model, as they are now."""
-        return exhaustion.variables_of(self._model)
+        return model_state.variables_of(self._model)
 
     def restore_values(self):
         """Puts the values of the variables back.

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
+from keras_batchsize import model_state
 from keras_batchsize import replicas
 
 # Holding costs one more copy of the variables while a superbatch is trained on.
@@ -161,7 +162,7 @@ def changed_by_training(model):
         that layers share which have none of their own.
     """
     seeds = keras_private.global_seeds(keras_private.global_state())
-    return [*exhaustion.variables_of(model), *seeds]
+    return [*model_state.variables_of(model), *seeds]
 
 
 def halved(examples, batch_size):

@@ -103,7 +103,7 @@ class KeptProfile:
         """
         profile = self.of(model)
         if self._is_dropped:
-            controller.limit_micro_batch_size(math.inf, raises=True)
+            controller.limit_micro_batch_size(math.inf, may_rise=True)
         if profile is not None:
             controller.expect(profile, self._is_new)
         self._is_new = self._is_dropped = False

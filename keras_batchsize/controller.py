@@ -228,9 +228,9 @@ class Controller:
         if norms.count >= 2:
             self._estimator.add([norms], 0)
 
-    def limit_micro_batch_size(self, size, raises=False):
-        """Lets no replica hold more in one pass; `raises` an earlier limit."""
-        if not raises:
+    def limit_micro_batch_size(self, size, may_rise=False):
+        """Lets no replica hold more in one pass, nor than an earlier limit."""
+        if not may_rise:
             size = min(size, self.largest_micro_batch_size)
         self.largest_micro_batch_size = size
         self.speed.largest = min(self.superbatch_size, size * self.replicas)

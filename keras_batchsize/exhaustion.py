@@ -72,20 +72,6 @@ def components(variable):
     return [value]
 
 
-def variables_of(model):
-    """Returns all variables that training changes, each once.
-
-    Args:
-        model: A compiled Keras model.
-
-    Returns:
-        List of Keras variables: weights, statistics, seeds, metrics, slots.
-    """
-    optimizer = model.optimizer.variables if model.optimizer else []
-    everything = [*model.variables, *model.metrics_variables, *optimizer]
-    return list({id(one): one for one in everything}.values())
-
-
 def bytes_of(variables):
     """Returns the bytes of variables on one replica."""
     return sum(

@@ -95,34 +95,6 @@ def optimizers_inside(optimizer):
     return [leaf for one in inner for leaf in optimizers_inside(one)]
 
 
-def optimizers_of(model):
-    """Returns all optimizers that a model holds, by what it calls them.
-
-    A model with its own `train_step` may hold several besides the one that it
-    was compiled with, as attributes or in lists and dicts.
-
-    Args:
-        model: A Keras model.
-
-    Returns:
-        Dict from names, such as `optimizer` or `critics[0]`, to optimizers,
-        each once.
-    """
-    found, seen = {}, set()
-    parts = list(keras_private.attributes_of(model).items())
-    for name, value in parts:  # Which grow: containers are followed by theirs.
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, keras.optimizers.Optimizer):
-            found[name] = value
-        elif isinstance(value, dict):
-            parts += [(f"{name}[{key!r}]", one) for key, one in value.items()]
-        elif isinstance(value, (list, tuple, set)):
-            parts += [(f"{name}[{i}]", one) for i, one in enumerate(value)]
-    return found
-
-
 def rule_for(optimizer):
     """Returns what "auto" stands for: "linear" for SGD, else "sqrt".
 

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from keras_batchsize import _keras_private_random
 from keras_batchsize import exhaustion
+from keras_batchsize import model_state
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._batch_profile_text import megabytes
@@ -276,7 +277,7 @@ def _check_weights(model, limits):
     Those of a model that is not built show when the probe has built it, which
     cannot be undone.
     """
-    needed = exhaustion.bytes_of(exhaustion.variables_of(model))
+    needed = exhaustion.bytes_of(model_state.variables_of(model))
     usable = (limits.memory_limit or math.inf) * (1.0 - limits.safety_margin)
     if needed >= usable:
         raise NothingFits(

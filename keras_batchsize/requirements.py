@@ -7,6 +7,7 @@ import keras
 from keras_batchsize import exactness
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
+from keras_batchsize import model_state
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 
@@ -169,7 +170,7 @@ def check_optimizers(model, sizes, size_of_the_rate):
     compiled.append(model.optimizer)
     names = sorted(
         name
-        for name, value in learning_rate.optimizers_of(model).items()
+        for name, value in model_state.optimizers_of(model).items()
         if not any(value is one for one in compiled)
     )
     others = sorted({*sizes} - {size_of_the_rate})

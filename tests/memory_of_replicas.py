@@ -8,12 +8,13 @@ import tensorflow as tf
 import keras_batchsize as kb
 from keras_batchsize import _memory_meters
 from keras_batchsize import exhaustion
+from keras_batchsize import model_state
 
 
 def replica_values(model):
     return [
         np.array(component.numpy())
-        for variable in exhaustion.variables_of(model)
+        for variable in model_state.variables_of(model)
         for component in exhaustion.components(variable)
     ]
 

@@ -30,7 +30,7 @@ FLOORS = (
     ("controller", "report", "tensorboard"),
     # From here on TensorFlow and Keras may be imported.
     ("exhaustion", "keras_private", "slicing"),
-    ("replicas", "workers"),
+    ("model_state", "replicas", "workers"),
     ("distributed", "exactness", "learning_rate", "superbatches"),
     ("gradients", "requirements"),
     ("replica_graphs", "update_graphs"),

@@ -474,6 +474,38 @@ def test_a_model_with_nothing_but_a_step_is_probed():
     model.fit(*data, verbose=0)
 
 
+class TwoOptimizers(TwoNetworks):
+    """Trains each part by an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.others = [keras.optimizers.Adam()]
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.other(self.one(x)) - y))
+        variables = self.one.trainable_weights + self.other.trainable_weights
+        gradients = tape.gradient(loss, variables)
+        pairs = list(zip(gradients, variables))
+        self.optimizer.apply_gradients(pairs[:2])
+        self.others[0].apply_gradients(pairs[2:])
+        return {"loss": loss}
+
+
+def test_all_optimizers_of_a_model_are_put_back():
+    model = TwoOptimizers()
+    model.compile("sgd")
+    data = comparing.regression(64)
+    model.fit(*data, verbose=0)
+    before = [one.numpy() for one in model.others[0].variables]
+    kb.find_max_batch_size(model, *data, maximum=16)
+    after = [one.numpy() for one in model.others[0].variables]
+    assert len(after) == len(before) > 2
+    for one, other in zip(before, after):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_what_a_step_of_ones_own_takes_is_not_foretold():
     class TwoViews(keras.Sequential):
         def train_step(self, data):

@@ -17,6 +17,7 @@ from comparing import compiled
 import keras_batchsize as kb
 from keras_batchsize import _train_function_memory
 from keras_batchsize import exhaustion
+from keras_batchsize import model_state
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
@@ -402,7 +403,7 @@ def test_held_values_are_those_from_before():
     model = of_limited(10**6)()
     model.fit(*comparing.regression(), verbose=0)
     before = comparing.variables_of(model)
-    held = exhaustion.HeldValues(exhaustion.variables_of(model))
+    held = exhaustion.HeldValues(model_state.variables_of(model))
     model.fit(*comparing.regression(), batch_size=10, verbose=0)
     held.put_back()
     after = comparing.variables_of(model)
