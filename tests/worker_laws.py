@@ -43,6 +43,7 @@ OF_REPLICAS = (
     "adam_with_average_weights_and_regularisers",
     "the_size_may_rise_and_fall",
     "a_batch_may_be_larger_than_a_superbatch",
+    "losses_are_told_before_an_update_is_made",
     "noise_scale_comes_free_with_every_update",
     "an_infinity_on_the_last_replica_skips_the_update",
     "every_kind_of_input",
