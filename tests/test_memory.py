@@ -219,6 +219,45 @@ def test_convex_memory_is_followed():
     assert "out of memory" not in {row.note for row in profile.rows}
 
 
+class BumpyMeter(FakeMeter):
+    """Takes more from one size to another, by another algorithm, say."""
+
+    def __init__(self, sizes, more, **arguments):
+        super().__init__(**arguments)
+        self._sizes = sizes
+        self._more = more
+
+    def bytes_of(self, what, size):
+        more = self._more if size in self._sizes else 0
+        return super().bytes_of(what, size) + more
+
+
+@pytest.mark.parametrize(
+    ("start", "bump", "more", "least"),
+    [
+        # Within what there is, before the first jump: it is left behind.
+        (128, range(100, 300), 0.5, 0.85 * 8000),
+        # Where the first jump ends: what is above it is not looked for.
+        (1, range(2000, 6000), 0.5, 2000),
+        (1, range(2000, 6000), 1.2, 1),
+        (1, range(2000, 6000), 3.0, 1000),
+    ],
+)
+def test_beside_a_bump_of_memory_no_size_is_the_answer_that_did_not_fit(
+    start, bump, more, least
+):
+    meter = BumpyMeter(
+        bump, more * MB, limit=2 * MB, constant=0.2 * MB, slope=200
+    )
+    limits = {"safety_margin": 0.1, "time_budget": PATIENT}
+    profile = probe(meter, start=start, **limits)
+    size = profile.max_batch_size
+    assert any(one in bump for one in meter.sizes)
+    [chosen] = [row for row in profile.rows if row.batch_size == size]
+    assert chosen.fits and least <= size
+    assert chosen.peak_bytes == meter.bytes_of("update", size) <= 1.8 * MB
+
+
 class NoisyMeter(FakeMeter):
     """No two peaks are the same."""
 
