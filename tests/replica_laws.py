@@ -483,6 +483,40 @@ def replicas_that_share_memory_add_up(strategy):
     assert shared.resident_bytes == 2 * alone.resident_bytes
 
 
+@law(2)
+def memory_that_runs_out_halves_what_a_replica_runs_at_once(strategy):
+    """The batch size stays, nothing is lost and nothing is done twice."""
+    fitted = functools.partial(
+        adaptive, under(strategy, momentum()), *comparing.regression(),
+        policy="fixed", shuffle=False,
+    )
+    theirs = fitted()
+    accumulate, tried = ReplicaGraphs.accumulate, []
+
+    def limited(self, total, data, stop, sizes, *others):
+        result = accumulate(self, total, data, stop, sizes, *others)
+        tried.append(sizes[1])
+        if sizes[1] > 1:
+            # Variables have changed already.
+            raise tf.errors.ResourceExhaustedError(None, None, "made up")
+        return result
+
+    ReplicaGraphs.accumulate = limited
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ours = fitted()
+    finally:
+        ReplicaGraphs.accumulate = accumulate
+    told = [str(one.message) for one in caught if "ran out" in str(one)]
+    assert len(told) == 2 and "batch size stays 8" in told[0], told
+    assert tried[:3] == [4, 2, 1] and set(tried[3:]) == {1}, tried
+    assert ours.result.batch_size == comparing.BASE
+    skip = ("noise_scale", "examples_per_second")
+    comparing.assert_close(ours, theirs, RTOL, skip=skip)
+    assert_replicas_agree(ours.model)
+
+
 def updates_of_twelve(strategy, make_model, micro, *data):
     """Trains on 22 examples; returns the model and a row per update."""
     model = comparing.seeded(under(strategy, make_model))
