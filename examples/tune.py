@@ -4,9 +4,9 @@
     python examples/tune.py --data mnist       # from Keras's cache or net
 
 Hyperband looks for the setting that reaches an accuracy in the least time, on
-a fifth of the training data that is kept apart. It ends with the best trial, and
-with how long that setting takes, trained anew, on the test set, which it has not
-seen, against plain `fit` with a batch size of 32.
+a fifth of the training data that is kept apart. It ends with the best trial,
+and with how long that setting takes, trained anew, on the test set, which it
+has not seen, against plain `fit` with a batch size of 32.
 """
 
 import argparse
