@@ -173,6 +173,19 @@ class Trained:
     result: object
 
 
+def of_dtype(make_model, dtype):
+    """Returns a factory of the same models under a dtype policy."""
+
+    def make():
+        keras.config.set_dtype_policy(dtype)
+        try:
+            return make_model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    return make
+
+
 def variables_of(model):
     """Returns every value that training changes, by position and path."""
     optimizer = getattr(model, "optimizer", None)  # None if not compiled.

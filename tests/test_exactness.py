@@ -281,25 +281,12 @@ def test_own_loss_of_which_a_pair_has_nothing_is_refused(dtype):
     x, y = comparing.regression()
     y[2:4] = NOTHING
     assert_refused(
-        of_dtype(compiled(dense, loss=masked_mean), dtype),
+        comparing.of_dtype(compiled(dense, loss=masked_mean), dtype),
         x,
         y,
         match="put together from pairs it is nan",
         shuffle=False,
     )
-
-
-def of_dtype(make_model, dtype):
-    """Returns a factory of the same models under a dtype policy."""
-
-    def make():
-        keras.config.set_dtype_policy(dtype)
-        try:
-            return make_model()
-        finally:
-            keras.config.set_dtype_policy("float32")
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -551,7 +538,7 @@ def test_a_pair_too_large_for_half_precision_proves_nothing(dtype):
         inputs = keras.Input((comparing.FEATURES,))
         return keras.Sequential([inputs, Penalty(mean), layers.Dense(1)])
 
-    model = of_dtype(compiled(of_inputs), dtype)()
+    model = comparing.of_dtype(compiled(of_inputs), dtype)()
     x, y = np.zeros((16, comparing.FEATURES)), np.zeros((16, 1))
     x[2:4] = 100.0
     data = tf.constant(x, "float32"), tf.constant(y, "float32")

@@ -163,19 +163,6 @@ def test_the_ragged_tail_is_probed_as_it_is_trained():
         assert graphs._plain.experimental_get_tracing_count() == 1
 
 
-def halves(policy):
-    """Returns a factory of models of a dtype policy."""
-
-    def make():
-        keras.config.set_dtype_policy(policy)
-        try:
-            return dense()
-        finally:
-            keras.config.set_dtype_policy("float32")
-
-    return make
-
-
 def plain_momentum():
     return optimizers.SGD(0.05, momentum=0.9)
 
@@ -197,7 +184,8 @@ def scaled_momentum():
 )
 def test_half_precision_equals_plain_fit(policy, optimizer, rtol):
     def make(**options):
-        return compiled(halves(policy), optimizer=optimizer, **options)
+        of_policy = comparing.of_dtype(dense, policy)
+        return compiled(of_policy, optimizer=optimizer, **options)
 
     data = comparing.regression()
     ours = adaptive(
@@ -210,7 +198,7 @@ def test_half_precision_equals_plain_fit(policy, optimizer, rtol):
 def test_measuring_in_bfloat16_leaves_training_alone_bit_for_bit():
     def make():
         return compiled(
-            halves("mixed_bfloat16"),
+            comparing.of_dtype(dense, "mixed_bfloat16"),
             optimizer=plain_momentum,
             jit_compile=True,
         )
