@@ -137,26 +137,33 @@ class Speed:
             status.efficiency,
         )
 
-    def observed_speedup(self, decision, size_of_the_rate, efficiency):
+    def observed_speedup(self, old, new, status):
         """Returns the speed-up of a change with the times of both sizes.
 
         Args:
-            decision: A `Decision` or anything with its first three fields.
-            size_of_the_rate: See `Status`.
-            efficiency: See `Status`.
+            old: Examples per update before.
+            new: Examples per update after it.
+            status: A `Status` with the noise scale to reckon with.
 
         Returns:
             Float; NaN while one of the sizes has not been timed.
         """
-        old, new = decision.old_batch_size, decision.new_batch_size
-        old_seconds = self.timings.median(old)
-        new_seconds = self.timings.median(new)
-        if not old_seconds or not new_seconds:
+        times = [self.timings.of(size) for size in (old, new)]
+        if not all(times):
             return math.nan
+        old_seconds, new_seconds = map(throughput.typical, times)
         ratio = (new / new_seconds) / (old / old_seconds)
         return ratio * throughput.progress_ratio(
-            old, new, decision.noise_scale, size_of_the_rate, efficiency
+            old,
+            new,
+            status.noise_scale,
+            status.size_of_the_rate,
+            status.efficiency,
         )
+
+    def knows(self, batch_size):
+        """Returns whether a size was timed, by the run or by a probe."""
+        return self._expected is not None or bool(self.timings.of(batch_size))
 
     def get_state(self):
         """Returns what was expected as plain JSON types, or None."""

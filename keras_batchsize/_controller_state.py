@@ -49,6 +49,10 @@ def _are_timings(value):
 
 
 _SIZE = _Kind("a positive integer", lambda one: _is_count(one) and one > 0)
+_SIZE_IF_ANY = _Kind(
+    "a positive integer or None",
+    lambda one: one is None or _SIZE.holds(one),
+)
 _COUNT = _Kind("an integer, at least 0", _is_count)
 _NUMBER = _Kind("a number", _is_number)
 _KNOWN = _Kind("a number or None", lambda one: one is None or _is_number(one))
@@ -111,6 +115,7 @@ _STATE = {
         "skipped": _COUNT,
     },
     "policy": _ANYTHING,
+    "before_try": _SIZE_IF_ANY,
 }
 
 # What `set_state` does without, as it was not saved from the start.
@@ -120,6 +125,7 @@ _ADDED_LATER = {
     "expected",
     "_counts",
     "epoch_length",
+    "before_try",
 }
 
 

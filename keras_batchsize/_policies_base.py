@@ -61,10 +61,14 @@ class BatchSizePolicy:
         gradual: Whether its wishes are followed by at most a factor of two per
             change, with a waiting time in between. False for policies that
             state a size outright.
+        for_speed: Whether it wishes for speed. Then a larger size that was
+            never timed is in use on trial: if the times of both sizes say that
+            training got slower, the size goes back.
     """
 
     needs_noise = True
     gradual = True
+    for_speed = False
 
     def wish(self, status):
         """Returns the batch size this policy wants, in examples.
@@ -80,6 +84,16 @@ class BatchSizePolicy:
             f"batch size. Received: {type(self).__name__} without it. Return "
             "a number of examples."
         )
+
+    def is_worth_a_try(self, status):
+        """Returns whether to try `status.larger`, which was never timed.
+
+        Asked of a policy `for_speed` that wishes for no change.
+
+        Args:
+            status: A `Status` at the smallest noise scale the data allow.
+        """
+        return False
 
     def reason(self, status):
         """Returns a few words that explain the wish, for logs and report."""

@@ -5,11 +5,13 @@ superbatch and holds the batch size, the learning-rate factor and the clocks;
 it knows nothing of TensorFlow, and its state is plain JSON.
 """
 
+import dataclasses
 import math
 
 from keras_batchsize import noise
 from keras_batchsize import policies
 from keras_batchsize import scaling
+from keras_batchsize._controller_decisions import Decisions
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize._controller_state import check_state
 from keras_batchsize.clock import ExamplesClock
@@ -17,7 +19,6 @@ from keras_batchsize.measuring import PARTS
 from keras_batchsize.measuring import MeasuringSchedule
 from keras_batchsize.plan import largest_on_ladder
 from keras_batchsize.plan import plan_for
-from keras_batchsize.records import Decision
 from keras_batchsize.records import Measurement
 from keras_batchsize.records import finite_or_none
 from keras_batchsize.records import nan_if_none
@@ -70,6 +71,7 @@ class Controller:
         self.base_steps = 0
         self.epoch = 0
         self.speed = Speed(superbatch_size)
+        self._decisions = Decisions(policy, ladder, self.speed)
         self.measuring = MeasuringSchedule(measure_every)
         self._estimator = noise.NoiseScaleEstimator(
             [superbatch_size * horizon for horizon in _HORIZONS],
@@ -282,22 +284,12 @@ class Controller:
         """
         if not self._healthy or (self.policy.gradual and self._dwells()):
             return None
-        estimate, status = self.noise_scale, self._status()
-        new = policies.next_batch_size(
-            self.policy, status, estimate, self.ladder
+        decision = self._decisions.next(
+            self._status_at_estimate(), self.noise_scale
         )
-        if new == self.batch_size:
-            return None
-        seen = self._status_at_estimate()
-        decision = Decision(
-            old_batch_size=self.batch_size,
-            new_batch_size=new,
-            noise_scale=seen.noise_scale,
-            predicted_speedup=self.speed.predicted_speedup(seen, new),
-            reason=self.policy.reason(seen),
-        )
-        self.batch_size = new
-        self._changed_at = (self.examples, self.updates)
+        if decision is not None:
+            self.batch_size = decision.new_batch_size
+            self._changed_at = (self.examples, self.updates)
         return decision
 
     def _dwells(self):
@@ -329,10 +321,16 @@ class Controller:
         return policies.at_noise(self._status(), estimate, known)
 
     def observed_speedup(self, decision):
-        """Returns the speed-up of a change with the times of both sizes."""
-        return self.speed.observed_speedup(
-            decision, self.clock.batch_size, self.efficiency
+        """Returns the speed-up by the times of both sizes, NaN if not timed.
+
+        Args:
+            decision: A `Decision` or anything with its first three fields.
+        """
+        status = dataclasses.replace(
+            self._status(), noise_scale=decision.noise_scale
         )
+        sizes = decision.old_batch_size, decision.new_batch_size
+        return self.speed.observed_speedup(*sizes, status)
 
     # State.
 
@@ -361,6 +359,7 @@ class Controller:
             "measuring": self.measuring.get_state(),
             "noise": self._estimator.get_state(),
             "policy": self.policy.get_state(),
+            "before_try": self._decisions.get_state(),
         }
 
     def set_state(self, state):
@@ -398,3 +397,4 @@ class Controller:
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])
+        self._decisions.set_state(state.get("before_try"))

@@ -24,9 +24,9 @@ _HICCUP = 2.0
 # effective rank of the noise: 2.0 for two, 1.51 for eight, never below 1.41.
 PARTS = 8
 
-# Timings remembered per batch size. The step-time model is fitted to their
-# lower quartile, reports tell of their median, the lower of two where none is
-# in the middle: a hiccup only ever adds time.
+# Timings remembered per batch size. Decisions and speed-ups go by their lower
+# quartile, the time of the base size in reports is their median, the lower of
+# two where none is in the middle: a hiccup only ever adds time.
 _REMEMBERED = 15
 
 # So many measurements are taken at the start, on every other superbatch and
@@ -81,14 +81,14 @@ class Timings:
         latest = self._seconds.get(int(batch_size))
         return statistics.median_low(latest) if latest else None
 
+    def of(self, batch_size):
+        """Returns the list of the times of a size, empty if never timed."""
+        return list(self._seconds.get(int(batch_size), ()))
+
     def least(self, batch_size):
         """Returns the fewest seconds of an update, or None if never timed."""
         latest = self._seconds.get(int(batch_size))
         return min(latest) if latest else None
-
-    def count(self, batch_size):
-        """Returns how many timings of a size are remembered."""
-        return len(self._seconds.get(int(batch_size), ()))
 
     def samples(self):
         """Returns (batch sizes, seconds): two lists of the same length."""

@@ -7,6 +7,8 @@ policies alike. To add a policy, subclass `BatchSizePolicy` and list it in
 `POLICIES`.
 """
 
+import math
+
 from keras_batchsize import _checks
 from keras_batchsize import throughput
 from keras_batchsize._policies_base import BatchSizePolicy
@@ -51,11 +53,17 @@ class Goodput(BatchSizePolicy):
     the speed-up predicted for the change reaches `min_speedup`.
 
     While one size only has been timed, c is taken for zero: a larger size is
-    tried unless it could not pay even then, after which both costs are known.
+    tried unless it could not pay even then. From two sizes on the line is
+    known, but may say too little of a third one: on a CPU an example got
+    cheaper with every doubling. So a larger size is also tried once where the
+    middle between what the line says and c = 0 would pay. Where a size turns
+    out slower than the one before, by the times of both, training goes back.
 
     Args:
         min_speedup: Smallest speed-up worth a change; 1.05 is 5 %.
     """
+
+    for_speed = True
 
     def __init__(self, min_speedup=1.05):
         self.min_speedup = _checks.real(
@@ -73,21 +81,40 @@ class Goodput(BatchSizePolicy):
         if step_time is None:
             return status.batch_size
         if step_time.guessed:
-            # Of any length: only ratios of times matter.
-            step_time = StepTime(1.0, 0.0, step_time.largest)
+            step_time = _free(step_time)
         gains = {
-            size: throughput.speedup(
-                status.batch_size,
-                size,
-                step_time,
-                status.noise_scale,
-                status.size_of_the_rate,
-                status.efficiency,
-            )
+            size: _speedup(status, size, step_time)
             for size in (status.smaller, status.larger)
         }
         best = max(gains, key=gains.get)
         return best if gains[best] >= self.min_speedup else status.batch_size
+
+    def is_worth_a_try(self, status):
+        """Returns whether the line and the best case together speak for it."""
+        if status.step_time is None:
+            return False
+        by_the_line, at_best = (
+            _speedup(status, status.larger, step_time)
+            for step_time in (status.step_time, _free(status.step_time))
+        )
+        return math.sqrt(by_the_line * at_best) >= self.min_speedup
+
+
+def _free(step_time):
+    """The same if an example cost nothing, as long as it is in one piece."""
+    # Of any length: only ratios of times matter.
+    return StepTime(1.0, 0.0, step_time.largest)
+
+
+def _speedup(status, size, step_time):
+    return throughput.speedup(
+        status.batch_size,
+        size,
+        step_time,
+        status.noise_scale,
+        status.size_of_the_rate,
+        status.efficiency,
+    )
 
 
 class NoiseScale(BatchSizePolicy):

@@ -101,7 +101,7 @@ def fit_step_time(
     for size, one in zip(sizes.tolist(), times.tolist()):
         groups.setdefault(size, []).append(one)
     points = [
-        (max(size / largest, 1.0), size, _typical(one), len(one))
+        (max(size / largest, 1.0), size, typical(one), len(one))
         for size, one in sorted(groups.items())
     ]
     if len({min(size, largest) for _, size, _, _ in points}) == 1:
@@ -111,8 +111,12 @@ def fit_step_time(
     return StepTime(*_line(points), largest, False, communication)
 
 
-def _typical(seconds):
-    """The lower quartile, an element of the list."""
+def typical(seconds):
+    """Returns the lower quartile of times, one of them.
+
+    Args:
+        seconds: List of floats, at least one.
+    """
     return sorted(seconds)[(len(seconds) - 1) // 4]
 
 

@@ -56,6 +56,9 @@ class Machine:
         self.seconds = 0.0
         self.measuring_seconds = 0.0
 
+    def update_seconds(self, size):
+        return self.fixed + self.per_example * size
+
     def superbatch(self, controller, examples=SUPERBATCH):
         """Trains on a superbatch; returns the `Decision` before it, if any."""
         decision = controller.decide()
@@ -66,7 +69,7 @@ class Machine:
             norms = (measured(self.random, *self.quadratic, count),)
             cost = 8 * self.fixed / 4 + self.per_example * count
         updates = math.ceil(examples / size)
-        seconds = updates * self.fixed + examples * self.per_example
+        seconds = examples / size * self.update_seconds(size)
         if self.hiccups and decision is not None:
             seconds *= 100.0
         self.seconds += seconds + cost
@@ -131,9 +134,126 @@ def test_goodput_converges_to_the_optimum_and_stays(
     sizes, decisions = trained(controller, machine, 300)
     # Five epochs to get there, then ten to stay.
     assert set(sizes[100:]) == {optimum}
-    # Straight there, after a try that tells what a larger size costs.
-    path = [one.new_batch_size for one in decisions]
-    assert path in (sorted(path), sorted(path, reverse=True))
+    # Straight there, but for tries that tell what a larger size costs.
+    path = [32, *(one.new_batch_size for one in decisions)]
+    straight = without_tries(path)
+    assert straight in (sorted(straight), sorted(straight, reverse=True))
+    larger = [new for old, new in zip(path, path[1:]) if new > old]
+    assert len(larger) == len(set(larger))
+
+
+def without_tries(path):
+    """Leaves out sizes from which training went back to the one before."""
+    straight = []
+    for size in path:
+        if straight[-2:-1] == [size]:
+            straight.pop()
+        else:
+            straight.append(size)
+    return straight
+
+
+class Curved(Machine):
+    """An example gets cheaper by a share with every doubling: T = t·B^p.
+
+    Args:
+        noise_scale: φ in examples.
+        share: Of an example's time, which a doubling saves.
+        arguments: Those of `Machine`.
+    """
+
+    def __init__(self, noise_scale, share, **arguments):
+        super().__init__(noise_scale, **arguments)
+        self.share = share
+
+    def update_seconds(self, size):
+        return 1e-5 * size * (1.0 - self.share) ** math.log2(size)
+
+
+class Untried(policies.Goodput):
+    """Goodput that believes the line."""
+
+    for_speed = False
+
+
+@pytest.mark.parametrize(
+    ("noise_scale", "share", "optimum", "by_the_line"),
+    [(1024.0, 0.1, 128, 64), (2048.0, 0.1, 256, 64), (512.0, 0.2, 256, 64)],
+)
+def test_what_the_line_does_not_say_is_found_by_tries(
+    noise_scale, share, optimum, by_the_line
+):
+    machine = Curved(noise_scale, share)
+
+    def goodput(size):
+        per_second = size / machine.update_seconds(size)
+        return per_second * throughput.efficiency(size, noise_scale, 32)
+
+    sizes = Ladder(32, 8, SUPERBATCH).sizes
+    assert max(sizes, key=goodput) == optimum
+    found, _ = trained(make_controller(measure_every=1), machine, 300)
+    assert goodput(found[-1]) >= 0.97 * goodput(optimum)
+    believed, _ = trained(
+        make_controller(Untried(), measure_every=1),
+        Curved(noise_scale, share),
+        300,
+    )
+    assert believed[-1] == by_the_line
+
+
+def test_each_size_is_tried_once():
+    controller, machine = make_controller(measure_every=1), Machine(512.0)
+    _, decisions = trained(controller, machine, 300)
+    tried = [
+        one.new_batch_size for one in decisions if "a try" in one.reason
+    ]
+    assert tried and len(tried) == len(set(tried))
+
+
+def left_again():
+    """A controller and its machine in the middle of a try in vain."""
+    controller = make_controller(measure_every=1)
+    machine = Machine(512.0, fixed=1e-3, per_example=1e-3 / 512)
+    for _ in range(200):
+        decision = machine.superbatch(controller)
+        if decision is not None and decision.new_batch_size == 1024:
+            return controller, machine
+    raise AssertionError("It never tried.")
+
+
+def test_a_try_in_vain_ends_with_the_reason():
+    controller, machine = left_again()
+    _, (back,) = trained(controller, machine, 4)
+    assert (back.old_batch_size, back.new_batch_size) == (1024, 512)
+    # (512 + 512)/(512 + 1024) of the progress, 4/3 of the speed.
+    assert back.reason == "1024 turned out 0.89 times as fast"
+    assert back.predicted_speedup == pytest.approx(9 / 8, rel=0.05)
+
+
+def test_a_try_goes_on_after_a_resumption():
+    controller, machine = left_again()
+    resumed = make_controller(measure_every=1)
+    resumed.set_state(json.loads(json.dumps(controller.get_state())))
+    _, (back,) = trained(resumed, machine, 4)
+    assert back.new_batch_size == 512 and "turned out" in back.reason
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_a_try_is_judged_by_times_that_a_hiccup_does_not_move(factor):
+    controller, machine = left_again()
+    machine.superbatch(controller)
+    machine.fixed, machine.per_example = 0.1, 0.0
+    machine.superbatch(controller)
+    machine.fixed, machine.per_example = 1e-3, factor * 1e-3 / 512
+    size = trained(controller, machine, 3)[0][-1]
+    assert size == (1024 if factor == 0.5 else 512)
+
+
+def test_nothing_is_tried_after_a_probe():
+    controller = make_controller(measure_every=1)
+    controller.speed.expect(throughput.StepTime(1e-3, 1e-3 / 512))
+    _, decisions = trained(controller, Machine(512.0, 1e-3, 1e-3 / 512), 300)
+    assert [one.new_batch_size for one in decisions] == [64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("noise_scale", [64.0, 1024.0])
@@ -173,8 +293,10 @@ def test_estimates_are_near_the_truth():
 @pytest.mark.parametrize("noise_scale", [64.0, 8192.0])
 def test_measuring_costs_two_percent_of_the_time(noise_scale):
     controller, machine = make_controller(), Machine(noise_scale)
+    resolved = 0
     for superbatch in range(600):
         machine.superbatch(controller)
+        resolved += controller.noise_scale.resolved
         if superbatch == 12:
             free = machine.measuring_seconds
     paid = machine.measuring_seconds - free
@@ -182,7 +304,7 @@ def test_measuring_costs_two_percent_of_the_time(noise_scale):
     assert paid <= 0.02 * machine.seconds * 620 / 600
     assert paid >= 0.01 * machine.seconds
     # One in dozens of superbatches: enough of them are remembered.
-    assert controller.noise_scale.resolved
+    assert resolved > 300
 
 
 def test_what_a_measurement_costs_is_there_before_it_is_made():
@@ -485,7 +607,7 @@ def test_predicted_and_observed_speedups_are_those_of_the_model():
         ratio = goodput(new, one.noise_scale) / goodput(old, one.noise_scale)
         assert controller.observed_speedup(one) == pytest.approx(ratio)
         # The first is a try: one size does not tell the speed of another.
-        if index == 0:
+        if index == 0 or "a try" in one.reason:
             assert math.isnan(one.predicted_speedup)
         else:
             assert one.predicted_speedup == pytest.approx(ratio, rel=1e-6)
@@ -531,14 +653,15 @@ def test_goodput_is_of_the_size_that_the_rate_was_meant_for():
         )
 
     best = max(controller.ladder.sizes, key=goodput)
-    assert sizes[-1] == recommended_batch_size(controller) == best
-    assert controller.goodput == goodput(best)
+    assert recommended_batch_size(controller) == best
+    # The size stays where another would not bring 5 %.
+    assert controller.goodput == goodput(sizes[-1]) >= goodput(best) / 1.05
     for index, one in enumerate(decisions):
         gain = goodput(one.new_batch_size, one.noise_scale) / goodput(
             one.old_batch_size, one.noise_scale
         )
         assert controller.observed_speedup(one) == pytest.approx(gain)
-        if index > 0:
+        if index > 0 and "a try" not in one.reason:
             assert one.predicted_speedup == pytest.approx(gain)
 
 
