@@ -40,6 +40,23 @@ def batch_size_of(dataset):
     return size
 
 
+def passes_of(dataset):
+    """Returns how many times a `tf.data.Dataset` goes through its batches.
+
+    Args:
+        dataset: A dataset of batches.
+
+    Returns:
+        Integer, 1 where batches are not repeated.
+    """
+    passes = 1
+    while type(dataset).__name__ in _PASSING_ON:
+        if type(dataset).__name__ == "_RepeatDataset":
+            passes *= int(dataset._count)
+        dataset = dataset._input_dataset
+    return passes
+
+
 def makes_batches(dataset):
     """Whether batches are made somewhere in a `tf.data.Dataset`.
 

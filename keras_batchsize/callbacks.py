@@ -147,7 +147,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
                     ": it is the superbatch that updates are cut from. "
                     f"Received: batch_size={superbatch_size}, "
                     f"initial_batch_size={base}. Use model.fit(..., "
-                    f"batch_size={math.lcm(fitting * 2, number)})."
+                    f"batch_size={math.lcm(fitting * 2, number)}). If the "
+                    "data shuffle whole batches, let none be short: the first "
+                    "one counts."
                 )
         measure = self.measure_every if self.policy.needs_noise else None
         if not self.policy.needs_noise and self.measure_every != "auto":

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
+from keras_batchsize import model_state
 from keras_batchsize import slicing
 from keras_batchsize._exactness_compared import compared
 
@@ -26,6 +27,9 @@ _WHOLE_BATCH_FUNCTIONS = (
     keras.losses.dice,
     keras.losses.tversky,
 )
+
+# What `compile` makes cross-entropies of itself: means over examples.
+_NAMES_OF_COMPILE = ("crossentropy", "ce")
 
 # Reductions after which the gradient is that of the sum of the losses.
 SUMS = {"sum", "none", None}
@@ -51,7 +55,7 @@ def check_step(model, cause="batches to be cut", edits="do not cut them"):
     Raises:
         ValueError: If `train_step` is overridden.
     """
-    if type(model).train_step is not keras.Model.train_step:
+    if model_state.overrides(model, "train_step"):
         raise ValueError(
             "A model that overrides `train_step` cannot be measured, nor its "
             "batches cut: its gradients are computed where they cannot be "
@@ -110,6 +114,8 @@ def _losses(model):
 def _check_known(loss):
     """Refuses what is known to compare or to count the examples of a batch."""
     name = loss if isinstance(loss, str) else type(loss).__name__
+    if name.lower() in _NAMES_OF_COMPILE:
+        return
     resolved = keras.losses.get(loss) if isinstance(loss, str) else loss
     # With axes, as for pictures, Dice and Tversky are made for each example.
     compares = (
@@ -174,6 +180,8 @@ def weight_of(kind, y_pred, sample_weight, examples):
         _refuse_several_weights(f"{len(outputs)} outputs")
     if kind == "examples":
         sample_weight = None
+    if sample_weight is not None:
+        (sample_weight,) = keras.tree.flatten(sample_weight)
     if sample_weight is not None or mask is not None:
         return tf.reduce_sum(
             keras_private.masked_weight(sample_weight, mask)
@@ -273,7 +281,7 @@ def check_division(model, data):
 
 def _computes_loss_itself(model):
     losses = keras.tree.flatten(model.loss)
-    return type(model).compute_loss is not keras.Model.compute_loss or any(
+    return model_state.overrides(model, "compute_loss") or any(
         isinstance(loss, keras.losses.Loss)
         and type(loss).__call__ is not keras.losses.Loss.__call__
         for loss in losses

@@ -30,6 +30,7 @@ batch_size_of = _keras_private_datasets.batch_size_of
 in_order = _keras_private_datasets.in_order
 is_fed_by_python = _keras_private_datasets.is_fed_by_python
 makes_batches = _keras_private_datasets.makes_batches
+passes_of = _keras_private_datasets.passes_of
 shuffle_seeds = _keras_private_datasets.shuffle_seeds
 
 
@@ -254,6 +255,11 @@ def held_learning_rate(optimizer):
 def velocities(optimizer):
     """Returns the momentum slots of an RMSprop."""
     return optimizer._momentums
+
+
+def linears(optimizer):
+    """Returns the slots of an Ftrl from which it makes weights."""
+    return optimizer._linears
 
 
 @contextlib.contextmanager

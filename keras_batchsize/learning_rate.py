@@ -223,6 +223,23 @@ def slots_holding_the_rate(optimizer):
     return [slot for slot in slots if slot is not None]
 
 
+def slots_holding_its_inverse(optimizer):
+    """Returns the slots that are divided by the learning rate.
+
+    Keras's Ftrl keeps z, from which it makes weights anew at each step: without
+    regularisation w = -z·rate/√n (ftrl.py). Another rate would multiply them.
+
+    Args:
+        optimizer: A Keras optimizer without optimizers inside.
+
+    Returns:
+        List of variables.
+    """
+    if optimizer.built and isinstance(optimizer, keras.optimizers.Ftrl):
+        return keras_private.linears(optimizer)
+    return []
+
+
 def correct_momentum(optimizer, ratio):
     """Rescales momentum after the factor was multiplied by `ratio`.
 
@@ -237,3 +254,5 @@ def correct_momentum(optimizer, ratio):
     for one in optimizers_inside(optimizer):
         for slot in slots_holding_the_rate(one):
             slot.assign(slot * tf.cast(ratio, slot.dtype))
+        for slot in slots_holding_its_inverse(one):
+            slot.assign(slot / tf.cast(ratio, slot.dtype))

@@ -47,3 +47,14 @@ def variables_of(model):
     for optimizer in optimizers_of(model).values():
         everything += optimizer.variables
     return list({id(one): one for one in everything}.values())
+
+
+def overrides(model, name):
+    """Returns whether a model has a method of its own.
+
+    Args:
+        model: A Keras model; its class, or itself, may have been given one.
+        name: A method of `keras.Model`.
+    """
+    method = getattr(getattr(model, name), "__func__", None)
+    return method is not getattr(keras.Model, name)

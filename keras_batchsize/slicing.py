@@ -65,10 +65,22 @@ def examples(data, start, size):
             shape = leaf.dense_shape
             ends = tf.concat([[tf.cast(size, shape.dtype)], shape[1:]], 0)
             begin = tf.cast(tf.stack(begin), shape.dtype)
-            return tf.sparse.slice(leaf, begin, ends)
-        return tf.slice(leaf, begin, [size] + [-1] * (rank - 1))
+            return _shaped(tf.sparse.slice(leaf, begin, ends), size, leaf)
+        part = tf.slice(leaf, begin, [size] + [-1] * (rank - 1))
+        return _shaped(part, size, leaf)
 
     return keras.tree.map_structure(cut, data)
+
+
+def _shaped(part, size, whole):
+    """Lets a part know its shape, of which slicing leaves only the rank.
+
+    Keras looks at shapes while a step is traced: it takes a dimension of 1 off
+    labels and weights, and convolves another way where channels are not known.
+    """
+    number = size if isinstance(size, int) else None
+    part.set_shape([number, *whole.shape[1:]])
+    return part
 
 
 def gathered(arrays, rows, start, size):

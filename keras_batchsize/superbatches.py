@@ -352,7 +352,12 @@ def _bounds(data, adapter):
     batches, size = adapter.num_batches, data.batch_size
     if batches is None:
         return None
-    return max(batches - 1, 0) * size + min(batches, 1), batches * size
+    # The last batch of each pass may be short.
+    short = 1
+    if isinstance(data.x, tf.data.Dataset):
+        short = keras_private.passes_of(data.x)
+    short = min(short, batches)
+    return (batches - short) * size + short, batches * size
 
 
 def _examples_of_epoch(bounds, steps_per_epoch, base):

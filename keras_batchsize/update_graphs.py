@@ -21,6 +21,7 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import learning_rate
+from keras_batchsize import model_state
 from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize._update_graphs_steps import KeptSteps
@@ -347,12 +348,8 @@ class UpdateGraphs:
 
 def _has_own_logs(model):
     """Whether a step may return other logs than the metrics' results."""
-    own, keras_model = type(model), keras.Model
-    return (
-        own.train_step is not keras_model.train_step
-        or own.compute_metrics is not keras_model.compute_metrics
-        or own.get_metrics_result is not keras_model.get_metrics_result
-    )
+    names = "train_step", "compute_metrics", "get_metrics_result"
+    return any(model_state.overrides(model, name) for name in names)
 
 
 @functools.lru_cache(maxsize=256)

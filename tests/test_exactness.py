@@ -4,6 +4,7 @@ Refused means: a ValueError that says what to do, before anything has changed.
 """
 
 import functools
+import types
 
 import comparing
 import keras
@@ -81,6 +82,33 @@ def test_means_are_exact(reduction):
         compiled(dense, loss=loss),
         *comparing.regression(),
         sample_weight=weights,
+    )
+
+
+def test_weights_may_be_named_as_the_output_is():
+    inputs = keras.Input((comparing.FEATURES,))
+
+    def make():
+        output = keras.layers.Dense(1, name="size")(inputs)
+        return keras.Model(inputs, {"size": output})
+
+    x, y = comparing.regression()
+    loss = losses.MeanSquaredError(reduction="mean_with_sample_weight")
+    assert_exact(
+        compiled(make, loss={"size": loss}),
+        *(x, {"size": y}),
+        sample_weight={"size": np.linspace(0.1, 3.0, len(x))},
+    )
+
+
+@pytest.mark.parametrize("name", ["crossentropy", "CE"])
+def test_names_that_only_compile_knows_are_exact(name):
+    assert_exact(
+        compiled(
+            lambda: comparing.dense(comparing.CLASSES, activation="softmax"),
+            loss=name,
+        ),
+        *comparing.classification(),
     )
 
 
@@ -655,6 +683,33 @@ def test_overridden_train_step_keeps_its_logs(policy):
 
     assert set(theirs.history) == {"my_error", "seen", "two"}
     comparing.assert_same(ours, theirs)
+
+
+def with_step_of_its_own():
+    """A model that was given the step itself, not by its class."""
+
+    def train_step(self, data):
+        x, y = data
+        error = keras.ops.mean((y - self(x)) ** 2)
+        steps = [0.01 * error * one for one in self.trainable_weights]
+        self.optimizer.apply(steps, self.trainable_weights)
+        return {"my_error": error}
+
+    model = compiled(dense)()
+    model.train_step = types.MethodType(train_step, model)
+    return model
+
+
+def test_a_train_step_that_only_this_model_has_is_seen():
+    data = comparing.regression()
+
+    ours = adaptive(with_step_of_its_own, *data, policy="fixed")
+    theirs = plain(with_step_of_its_own, *data)
+
+    assert set(theirs.history) == {"my_error"}
+    comparing.assert_same(ours, theirs)
+    error = error_of(with_step_of_its_own, {"policy": "goodput"})
+    assert "overrides `train_step`" in error
 
 
 def test_overridden_train_step_follows_a_schedule():

@@ -379,6 +379,25 @@ def test_momentum_is_left_alone_if_the_user_wants_it_so():
         )
 
 
+@pytest.mark.parametrize("power", [-0.5, -0.25])
+def test_ftrl_goes_on_from_its_weights_when_the_factor_jumps(power):
+    # It makes weights anew from what it has summed up, divided by the rate.
+    inputs = keras.Input((FEATURES,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    optimizer = optimizers.Ftrl(0.5, learning_rate_power=power)
+    model.compile(optimizer, "mse")
+    model.fit(*comparing.regression(), verbose=0)
+    before = model.get_weights()
+
+    learning_rate.correct_momentum(optimizer, 4.0)
+    optimizer.learning_rate = 4.0 * 0.5
+    optimizer.apply([keras.ops.zeros_like(one) for one in model.weights])
+
+    for one, expected in zip(model.get_weights(), before):
+        assert np.abs(expected).min() > 0.01
+        np.testing.assert_allclose(one, expected, rtol=1e-5)
+
+
 # Weight decay.
 
 DECAY = 0.25

@@ -73,6 +73,25 @@ def classifier():
     return compiled(linear(comparing.CLASSES), loss)
 
 
+def of_columns():
+    """Looks at shapes: labels and weights are columns, as pandas gives them."""
+    inputs = keras.Input((comparing.FEATURES,))
+    output = layers.Dense(comparing.CLASSES, activation="softmax")(inputs)
+    return compiled(
+        keras.Model(inputs, output),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
+    )
+
+
+def of_pictures():
+    """Keras convolves another way where the channels are not known."""
+    inputs = keras.Input((comparing.FEATURES, 1))
+    hidden = layers.Conv1D(2, 3, activation="tanh")(inputs)
+    return compiled(keras.Model(inputs, layers.Dense(1)(hidden)[:, 0]))
+
+
 def of_sparse():
     return compiled(linear(sparse=True))
 
@@ -420,6 +439,18 @@ INPUTS = [
         lambda: stream(sliced(X, Y, WEIGHTS).batch(BASE)),
     ),
     Input(
+        "dataset-of-columns",
+        of_columns,
+        lambda: stream(
+            sliced(X, CLASSES[:, None], WEIGHTS[:, None]).batch(BASE)
+        ),
+    ),
+    Input(
+        "dataset-of-pictures",
+        of_pictures,
+        lambda: stream(sliced(X[:, :, None], Y).batch(BASE)),
+    ),
+    Input(
         "dataset-class-weight",
         classifier,
         lambda: stream(
@@ -530,6 +561,62 @@ def test_training_equals_plain_fit(one):
         theirs = plain(one.make_model, **expected)
 
     comparing.assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "data"),
+    [
+        (of_columns, (X, CLASSES[:, None], WEIGHTS[:, None])),
+        (of_pictures, (X[:, :, None], Y)),
+    ],
+    ids=["columns", "pictures"],
+)
+def test_what_callbacks_cut_is_known_by_its_shape(make_model, data):
+    x, y, *weights = data
+    options = {"sample_weight": weights[0]} if weights else {}
+
+    ours = plain(
+        make_model,
+        *(x, y),
+        batch_size=SUPERBATCH,
+        shuffle=False,
+        callbacks=[kb.DynamicBatchSize("fixed", BASE, verbose=0)],
+        **options,
+    )
+    theirs = plain(make_model, x, y, shuffle=False, **options)
+
+    comparing.assert_same(ours, theirs)
+
+
+class Counted(layers.Layer):
+    """Counts how often it is traced, and with what dimensions unknown."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def call(self, x):
+        self.shapes.append(tuple(x.shape))
+        return x
+
+
+def test_a_dataset_is_traced_as_often_as_arrays():
+    def traced(**data):
+        counted = Counted()
+        inputs = keras.Input((comparing.FEATURES, 1))
+        model = compiled(keras.Model(inputs, layers.Flatten()(counted(inputs))))
+        counted.shapes.clear()
+        trainer = kb.AdaptiveTrainer(
+            model, "measure", superbatch_size=SUPERBATCH, verbose=0
+        )
+        trainer.fit(epochs=3, verbose=0, **data)
+        return counted.shapes
+
+    x = X[:, :, None]
+    dataset = sliced(x, X).batch(BASE)
+    shapes = traced(x=dataset)
+    assert all(None not in shape[1:] for shape in shapes)
+    assert len(shapes) <= len(traced(x=x, y=X, batch_size=BASE))
 
 
 # Batches that are padded to lengths of their own.
@@ -727,6 +814,20 @@ def test_ragged_batches_in_the_middle_are_cut_anew():
     )
 
     comparing.assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("shuffles", [False, True])
+def test_batches_that_are_repeated_promise_no_more_than_there_are(shuffles):
+    # 9 batches of 70 examples, of 27 times: 1,890 examples, not 1,944.
+    dataset = sliced(X, Y).batch(BASE).repeat(27)
+    if shuffles:
+        dataset = dataset.shuffle(20, seed=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = held(regressor, **stream(dataset, epochs=2))
+
+    assert ours.model.optimizer.iterations == 2 * math.ceil(27 * 70 / BASE)
 
 
 def test_a_dataset_can_be_cut_into_another_base_size():
