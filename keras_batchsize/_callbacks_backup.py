@@ -89,8 +89,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         ]
         for file in files:
             state = _read(file)
-            # A backup of an earlier version does not tell.
-            if state and state.get("iterations", iterations) == iterations:
+            if state and state["iterations"] == iterations:
                 if file != path and self._is_chief():
                     # As Keras does: the other was of weights that are lost.
                     tf.io.gfile.copy(file, path, overwrite=True)

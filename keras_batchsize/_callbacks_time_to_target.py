@@ -211,8 +211,9 @@ class TimeToTarget(keras.callbacks.Callback):
             self._clock.set_state(state["clock"])
             self._best = state["best"]
             self._reached = state["reached"]
-            length = state.get("epoch_examples", 0)
-            self._epoch_examples = max(self._epoch_examples, length)
+            self._epoch_examples = max(
+                self._epoch_examples, state["epoch_examples"]
+            )
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""

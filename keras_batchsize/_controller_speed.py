@@ -187,9 +187,9 @@ class Speed:
         """
         self.timings.set_state(timings)
         if expected is not None:
-            fixed, per_example, *guessed = expected
+            fixed, per_example, guessed = expected
             self._expected = throughput.StepTime(
-                fixed, per_example, guessed=guessed == [1]
+                fixed, per_example, guessed=guessed == 1
             )
         self.fit()
         if share != 1.0 and self._step_time is not None:

@@ -70,6 +70,10 @@ _IF_ANY = _Kind(
     "a list of numbers or None",
     lambda one: one is None or _are_numbers(one),
 )
+_THREE_IF_ANY = _Kind(
+    "a list of three numbers or None",
+    lambda one: one is None or _are_numbers(one) and len(one) == 3,
+)
 _TIMINGS = _Kind("a dict from sizes to lists of seconds", _are_timings)
 _ANYTHING = _Kind("what the policy takes", lambda one: True)
 
@@ -94,7 +98,7 @@ _STATE = {
     "learning_rate": _KNOWN,
     "replicas": _SIZE,
     "timings": _TIMINGS,
-    "expected": _IF_ANY,
+    "expected": _THREE_IF_ANY,
     "measuring": {
         "_elapsed": _NUMBER,
         "_spent": _NUMBER,
@@ -116,16 +120,6 @@ _STATE = {
     },
     "policy": _ANYTHING,
     "before_try": _SIZE_IF_ANY,
-}
-
-# What `set_state` does without, as it was not saved from the start.
-_ADDED_LATER = {
-    "largest_micro_batch_size",
-    "replicas",
-    "expected",
-    "_counts",
-    "epoch_length",
-    "before_try",
 }
 
 
@@ -150,7 +144,7 @@ def _check(value, expected, name):
     if not isinstance(value, dict):
         kind = type(value).__name__
         _refuse(TypeError, f"{name}={value!r:.80} of type {kind}, not a dict")
-    missing = sorted(expected.keys() - value.keys() - _ADDED_LATER)
+    missing = sorted(expected.keys() - value.keys())
     unknown = sorted(map(str, value.keys() - expected.keys()))
     if missing or unknown:
         parts = [
@@ -160,8 +154,7 @@ def _check(value, expected, name):
         ]
         _refuse(ValueError, f"{name} {' and '.join(parts)}")
     for key, kind in expected.items():
-        if key in value:
-            _check(value[key], kind, f"{name}[{key!r}]")
+        _check(value[key], kind, f"{name}[{key!r}]")
 
 
 def _refuse(error, received):

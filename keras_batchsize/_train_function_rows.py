@@ -99,13 +99,12 @@ class Tally:
             state: Dict of plain JSON types, which may hold more.
         """
         self.seconds = state["seconds"]
-        # A backup of an earlier version has no more than that.
-        self.tracing_seconds = state.get("tracing_seconds", 0.0)
-        self.traced_examples = state.get("traced_examples", 0)
-        self.seconds_before = state.get("seconds_before", 0.0)
-        self.epoch = state.get("epoch", 0)
-        self._before |= state.get("before", {})
-        self.kept = dict(state.get("kept", {}))
+        self.tracing_seconds = state["tracing_seconds"]
+        self.traced_examples = state["traced_examples"]
+        self.seconds_before = state["seconds_before"]
+        self.epoch = state["epoch"]
+        self._before = dict(state["before"])
+        self.kept = dict(state["kept"])
 
 
 def row_of(function, measurement):

@@ -66,5 +66,4 @@ class ExamplesClock:
         """Takes over what `get_state` returned."""
         self.steps = state["steps"]
         self.examples = state["examples"]
-        # An earlier version did not save it.
-        self.epoch_length = state.get("epoch_length", 0)
+        self.epoch_length = state["epoch_length"]

@@ -381,7 +381,7 @@ class Controller:
                 f"{state['base_batch_size']}."
             )
         self.batch_size = self.ladder.nearest(state["batch_size"])
-        known = state.get("largest_micro_batch_size")
+        known = state["largest_micro_batch_size"]
         self.limit_micro_batch_size(math.inf if known is None else known)
         for name in ("examples", "updates", "base_steps"):
             setattr(self, name, state[name])
@@ -392,9 +392,9 @@ class Controller:
         self._healthy = state["healthy"]
         rate = nan_if_none(state["learning_rate"])
         self.last = Measurement(0, 0, loss=state["loss"], learning_rate=rate)
-        share = state.get("replicas", self.replicas) / self.replicas
-        self.speed.set_state(state["timings"], state.get("expected"), share)
+        share = state["replicas"] / self.replicas
+        self.speed.set_state(state["timings"], state["expected"], share)
         self.measuring.set_state(state["measuring"])
         self._estimator.set_state(state["noise"])
         self.policy.set_state(state["policy"])
-        self._decisions.set_state(state.get("before_try"))
+        self._decisions.set_state(state["before_try"])

@@ -210,6 +210,4 @@ class MeasuringSchedule:
 
     def set_state(self, state):
         """Takes over what `get_state` returned."""
-        vars(self).update({"_counts": [], **state})
-        # An earlier version did not save of how many examples costs were.
-        self._costs = self._costs[: len(self._counts)]
+        vars(self).update(state)

@@ -281,7 +281,7 @@ class AdaptiveTrainFunction:
             state: Dict of plain JSON types.
         """
         self._state = state
-        self.identity = state.get("identity")
+        self.identity = state["identity"]
 
     def _decide(self):
         """Lets the controller change the size, but not within an update."""

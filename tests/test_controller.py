@@ -826,14 +826,6 @@ def test_every_value_of_a_state_is_checked():
             make_controller().set_state(changed)
 
 
-def test_a_state_of_an_earlier_version_is_taken():
-    state = make_controller().get_state()
-    for key in ("largest_micro_batch_size", "replicas", "expected"):
-        del state[key]
-    del state["measuring"]["_counts"]
-    make_controller().set_state(state)
-
-
 def test_a_plateau_is_waited_for_anew_after_another_policy():
     state = make_controller(policies.Fixed(64)).get_state()
     controller = make_controller(policies.GrowOnPlateau("loss"))

@@ -806,7 +806,7 @@ NO_STATES = {
     "keys-missing": (
         lambda: {"batch_size": 8},
         ValueError,
-        "without 'base_batch_size', 'base_steps', 'changed_at', 'clock'",
+        "without 'base_batch_size', 'base_steps', 'before_try', 'changed_at'",
     ),
     "key-unknown": (
         lambda: a_state() | {"new": 1},
@@ -836,7 +836,7 @@ NO_STATES = {
     "clock-stopped": (
         lambda: a_state() | {"clock": {"steps": 1}},
         ValueError,
-        "state['clock'] without 'examples'",
+        "state['clock'] without 'epoch_length', 'examples'",
     ),
     "noise-of-text": (
         lambda: within("noise", level="much"),

@@ -544,12 +544,6 @@ def test_the_share_of_measuring_is_that_of_its_fit():
     resumed = Tally()
     resumed.set_state(state)
     assert share_of(resumed) == 0.25 / 5
-    # A backup of an earlier version did not part the fits.
-    for name in ("measuring.elapsed", "measuring.spent"):
-        del state["before"][name]
-    resumed = Tally()
-    resumed.set_state(state)
-    assert share_of(resumed) == (4 * 0.5 + 0.25) / 15
 
 
 class Interrupt(keras.callbacks.Callback):

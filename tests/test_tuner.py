@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import keras_batchsize as kb
 from keras_batchsize import tuner as kbt
+from keras_batchsize._train_function_rows import Tally
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(1024, 8)).astype("float32")
@@ -462,7 +463,8 @@ def training_state():
     )
     trainer.fit(X, Y, batch_size=8, verbose=0)
     controller = {**trainer.get_state(), "policy": {}}
-    return {"controller": controller, "factor": 4.0, "seconds": 1.0}
+    tally = Tally().get_state() | {"seconds": 1.0}
+    return tally | {"controller": controller, "factor": 4.0, "identity": None}
 
 
 def target_state(**changed):
