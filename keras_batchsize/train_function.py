@@ -30,6 +30,7 @@ from keras_batchsize._train_function_timing import losses_of
 from keras_batchsize._train_function_timing import number
 from keras_batchsize._train_function_timing import scalar_of
 from keras_batchsize._train_function_warning import warn_once
+from keras_batchsize.learning_rate import rate_in_force
 from keras_batchsize.measuring import PARTS
 from keras_batchsize.noise import MicroBatchNorms
 from keras_batchsize.records import Listeners
@@ -128,8 +129,7 @@ class AdaptiveTrainFunction:
         """
         self._place.start_epoch()
         self.epoch = epoch
-        self.epoch_examples = 0
-        self.epoch_seconds = 0.0
+        self.epoch_examples, self.epoch_seconds = 0, 0.0
         self.steps.done = 0
         if self.controller is not None:
             self.controller.start_epoch(epoch)
@@ -285,39 +285,37 @@ class AdaptiveTrainFunction:
 
     def _decide(self):
         """Lets the controller change the size, but not within an update."""
-        if self._pending is not None:
-            return
-        decision = self.controller.decide()
+        decision = None if self._pending else self.controller.decide()
         if decision is not None:
             self.on_decision(change_of(self, decision))
 
-    def _rate(self):
-        """Returns the `RateInForce`, momentum corrected if it has changed."""
-        controller = self.controller
-        factor = controller.learning_rate_factor
-        if self.warmup_epochs:
-            warmup = self.warmup_epochs * self._examples_per_epoch()
-            progress = min(controller.examples / warmup, 1.0)
-            factor = scaling.warmed_up(factor, progress)
-        self._set_factor(factor)
-        clock = controller.clock
+    def _next_factor(self):
+        """Returns the learning-rate factor of the next update."""
+        factor = self.controller.learning_rate_factor
+        if not self.warmup_epochs:
+            return factor
+        warmup = self.warmup_epochs * self._examples_per_epoch()
+        progress = min(self.controller.examples / warmup, 1.0)
+        return scaling.warmed_up(factor, progress)
+
+    def _rate(self, factor):
+        """Returns the `RateInForce` of the next update with a factor."""
+        controller, clock = self.controller, self.controller.clock
         ratio = controller.batch_size / clock.batch_size
         if controller.rule is scaling.none:
             ratio = factor
-        return learning_rate.rate_in_force(
-            factor, ratio, clock.steps, clock.examples
-        )
+        return rate_in_force(factor, ratio, clock.steps, clock.examples)
 
     def next_learning_rate(self):
         """Returns the effective rate of the next update, as a float."""
-        rate = self._rate()
+        rate = self._rate(self._next_factor())
         return float(learning_rate.effective_rate(self._model.optimizer, rate))
 
     def _set_factor(self, factor):
-        if factor != self.factor and self.corrects_momentum:
-            learning_rate.correct_momentum(
-                self._model.optimizer, factor / self.factor
-            )
+        """Puts a factor in force, also in the momentum."""
+        ratio = factor / self.factor
+        if ratio != 1.0 and self.corrects_momentum:
+            learning_rate.correct_momentum(self._model.optimizer, ratio)
         self.factor = factor
 
     def _measure(self, data):
@@ -348,7 +346,8 @@ class AdaptiveTrainFunction:
             Tuple of logs, the rate of the last update, a list of the
             `MicroBatchNorms` that came free, and the number of updates.
         """
-        plan, rate = self.controller.plan, self._rate()
+        self._set_factor(self._next_factor())
+        plan, rate = self.controller.plan, self._rate(self.factor)
         self._in_one_pass = plan.micro_batch_size
         if self._graphs.compiles and total != self.controller.superbatch_size:
             # XLA makes a graph per shape: all superbatches get the same.
@@ -387,7 +386,8 @@ class AdaptiveTrainFunction:
         if self._pending is None:
             return {}
         (sums, logs), self._pending = self._pending, None
-        row = np.asarray(self._graphs.finish(sums, self._rate()))
+        self._set_factor(self._next_factor())
+        row = np.asarray(self._graphs.finish(sums, self._rate(self.factor)))
         self.controller.observe_update(MicroBatchNorms(*row.tolist()))
         return losses_of(self._model, logs)
 

@@ -398,6 +398,35 @@ def test_ftrl_goes_on_from_its_weights_when_the_factor_jumps(power):
         np.testing.assert_allclose(one, expected, rtol=1e-5)
 
 
+def test_asking_for_the_next_rate_changes_nothing():
+    x, _ = comparing.regression()
+    told, used = [], []
+
+    class Asks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            function = self.model.train_function
+            [slot] = learning_rate.slots_holding_the_rate(self.model.optimizer)
+            before, factor = np.array(slot), function.factor
+            used.append(function.controller.last.learning_rate)
+            told.append(function.next_learning_rate())
+            np.testing.assert_array_equal(slot, before)
+            assert function.factor == factor
+
+    rate = kb.LearningRateScaling("linear", BASE, SUPERBATCH, warmup_epochs=2)
+    plain(
+        offset(WITH_MOMENTUM["SGD"]),
+        x,
+        x,
+        batch_size=SUPERBATCH,
+        callbacks=[rate, Asks()],
+        shuffle=False,
+        epochs=3,
+    )
+    # It is another one before each update of two epochs.
+    assert told[:-1] == used[1:]
+    assert len(set(used)) > 2
+
+
 # Weight decay.
 
 DECAY = 0.25
