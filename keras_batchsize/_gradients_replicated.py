@@ -16,7 +16,8 @@ from keras_batchsize.gradients import GradientAccumulator
 class ReplicatedGradients(GradientAccumulator):
     """Sums gradients on each replica, and over all at the update.
 
-    `zeros`, `add`, `apply` and `norms` are to be called in a replica context.
+    `zeros`, `add`, `add_sums`, `apply` and `norms` are to be called in a
+    replica context.
 
     Args:
         model: A compiled Keras model, made under a strategy.
@@ -28,21 +29,6 @@ class ReplicatedGradients(GradientAccumulator):
         self._replicas = model.distribute_strategy.num_replicas_in_sync
         self._measures = measures
 
-    def first(self, data):
-        """Returns `add(zeros(), data)`, without adding any zeros."""
-        gradients, losses, weight, examples, _ = self._backward(data)
-        loss, output_losses = losses
-        sums = self.zeros()
-        return sums._replace(
-            gradients=self._summed(sums.gradients, gradients, weight),
-            loss=weight * loss,
-            output_losses=weight * output_losses,
-            sq_norm=self._weighted_sq_norm(gradients, weight),
-            weight=weight,
-            examples=examples,
-            count=tf.ones((), tf.int32),
-        )
-
     def add(self, total, data):
         """Adds a micro-batch of this replica; see `GradientAccumulator.add`.
 
@@ -52,29 +38,30 @@ class ReplicatedGradients(GradientAccumulator):
         """
         if self._replicas == 1:
             return super().add(total, data)
-        gradients, losses, weight, examples, _ = self._backward(data)
-        loss, output_losses = losses
-        return total._replace(
-            gradients=self._summed(total.gradients, gradients, weight),
-            loss=total.loss + weight * loss,
-            output_losses=total.output_losses + weight * output_losses,
-            sq_norm=total.sq_norm + self._weighted_sq_norm(gradients, weight),
-            weight=total.weight + weight,
-            examples=total.examples + examples,
-            count=total.count + 1,
-        )
+        return self.add_sums(total, data)
 
-    def _weighted_sq_norm(self, gradients, weight):
+    def add_sums(self, total, data):
+        """Adds a micro-batch without products, of which a first one has none.
+
+        Args:
+            total: An `Accumulated`.
+            data: The micro-batch, as `train_step` receives a batch.
+
+        Returns:
+            The new `Accumulated`.
+        """
+        return self._sums(total, self._backward(data))
+
+    def _weighted_sq_norm(self, part):
         if not self._measures:
             return tf.zeros((), tf.float64)
-        norm = self._dot(gradients, gradients, self._loss_scale())
-        return tf.cast(weight, tf.float64) * norm
+        return super()._weighted_sq_norm(part)
 
     def _losses(self, x, y, y_pred, sample_weight):
         loss, outputs = super()._losses(x, y, y_pred, sample_weight)
         return loss * tf.cast(self._replicas, loss.dtype), outputs
 
-    def apply(self, total, rate=None):
+    def apply(self, total):
         """Makes the update: sum over replicas, mean, norms, optimizer.
 
         The learning rate must be in force already, and the optimizer know that
@@ -83,21 +70,12 @@ class ReplicatedGradients(GradientAccumulator):
 
         Args:
             total: This replica's `Accumulated`.
-            rate: Not used.
 
         Returns:
             float64 tensor of shape (`columns`,): the fields of
             `MicroBatchNorms`.
         """
-        total = self.over_replicas(total)
-        mean = self._mean(total)
-        norms = self._norms(total, mean)
-        self._track_losses(total)
-        if mean:  # A model may be frozen as a whole.
-            self._model.optimizer.apply_gradients(
-                list(zip(mean, self._model.trainable_weights))
-            )
-        return norms
+        return super().apply(self.over_replicas(total))
 
     def _track_losses(self, total):
         # Metrics are summed over the replicas.

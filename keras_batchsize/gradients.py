@@ -13,7 +13,6 @@ import tensorflow as tf
 
 from keras_batchsize import exactness
 from keras_batchsize import keras_private
-from keras_batchsize import learning_rate
 from keras_batchsize import slicing
 
 
@@ -47,6 +46,26 @@ class Accumulated(NamedTuple):
     examples: tf.Tensor
     count: tf.Tensor
     logs: dict = {}
+
+
+class Part(NamedTuple):
+    """What forward and backward pass of a micro-batch give.
+
+    Attributes:
+        gradients: List of gᵢ times the loss scale, None where there is none.
+        loss: Lᵢ, scalar float32.
+        output_losses: The loss of each output, as in `Accumulated`.
+        weight: cᵢ, scalar float32.
+        examples: nᵢ, scalar int32.
+        logs: Dict of what `compute_metrics` returned.
+    """
+
+    gradients: Any
+    loss: tf.Tensor
+    output_losses: tf.Tensor
+    weight: tf.Tensor
+    examples: tf.Tensor
+    logs: dict
 
 
 class GradientAccumulator:
@@ -98,31 +117,38 @@ class GradientAccumulator:
         Returns:
             The new `Accumulated`.
         """
-        gradients, losses, weight, examples, logs = self._backward(data)
-        loss, output_losses = losses
-        scale = self._loss_scale()
-        sq_norm = self._dot(gradients, gradients, scale)
+        part = self._backward(data)
         product = tf.math.divide_no_nan(
-            self._dot(gradients, total.gradients, scale),
+            self._dot(part.gradients, total.gradients, self._loss_scale()),
             tf.cast(total.weight, tf.float64),
         )
-        return Accumulated(
-            gradients=self._summed(total.gradients, gradients, weight),
-            loss=total.loss + weight * loss,
-            output_losses=total.output_losses + weight * output_losses,
-            sq_norm=total.sq_norm + tf.cast(weight, tf.float64) * sq_norm,
+        return self._sums(total, part)._replace(
             products=total.products
             + tf.cast(total.count, tf.float64) * tf.square(product),
-            weight=total.weight + weight,
-            examples=total.examples + examples,
-            count=total.count + 1,
             logs={
                 name: value
-                + tf.cast(examples, value.dtype)
-                * tf.cast(logs[name], value.dtype)
+                + tf.cast(part.examples, value.dtype)
+                * tf.cast(part.logs[name], value.dtype)
                 for name, value in total.logs.items()
             },
         )
+
+    def _sums(self, total, part):
+        """Adds a `Part`, but for products and logs."""
+        weight = part.weight
+        return total._replace(
+            gradients=self._summed(total.gradients, part.gradients, weight),
+            loss=total.loss + weight * part.loss,
+            output_losses=total.output_losses + weight * part.output_losses,
+            sq_norm=total.sq_norm + self._weighted_sq_norm(part),
+            weight=total.weight + weight,
+            examples=total.examples + part.examples,
+            count=total.count + 1,
+        )
+
+    def _weighted_sq_norm(self, part):
+        norm = self._dot(part.gradients, part.gradients, self._loss_scale())
+        return tf.cast(part.weight, tf.float64) * norm
 
     def _backward(self, data):
         """Does what `Model.train_step` does before the update."""
@@ -145,7 +171,7 @@ class GradientAccumulator:
             for gradient, variable in zip(gradients, model.trainable_weights)
         ]
         losses = [tf.cast(loss, tf.float32) for loss in losses]
-        return dense, losses, weight, examples, logs
+        return Part(dense, *losses, weight, examples, logs)
 
     def _losses(self, x, y, y_pred, sample_weight):
         """Computes the loss and, if there are several, that of each output.
@@ -208,16 +234,16 @@ class GradientAccumulator:
             tf.float32,
         )
 
-    def apply(self, total, rate):
+    def apply(self, total):
         """Makes the update: mean, norms, optimizer, loss metric.
 
-        Norms are taken before the optimizer clips. A gradient that is not
-        finite goes to the optimizer as it is: `LossScaleOptimizer` skips it,
-        any other treats it as plain `fit` would.
+        The rate must be in force already, see `learning_rate.applied`. Norms
+        are taken before the optimizer clips. A gradient that is not finite
+        goes to the optimizer as it is: `LossScaleOptimizer` skips it, any
+        other treats it as plain `fit` would.
 
         Args:
             total: An `Accumulated` of at least one micro-batch.
-            rate: A `RateInForce`.
 
         Returns:
             float64 tensor of shape (5,): the fields of `MicroBatchNorms`.
@@ -227,10 +253,9 @@ class GradientAccumulator:
         norms = self._norms(total, mean)
         self._track_losses(total)
         if mean:  # A model may be frozen as a whole.
-            with learning_rate.applied(model.optimizer, rate):
-                model.optimizer.apply_gradients(
-                    list(zip(mean, model.trainable_weights))
-                )
+            model.optimizer.apply_gradients(
+                list(zip(mean, model.trainable_weights))
+            )
         return norms
 
     def _track_losses(self, total):

@@ -183,7 +183,7 @@ class ReplicaGraphs:
         def on_replica(share):
             sums = self._with_part(
                 self._gradients.zeros,
-                lambda _, part: self._gradients.first(part),
+                self._gradients.add_sums,
                 share,
                 (start, end),
                 guarded,

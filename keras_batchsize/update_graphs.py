@@ -297,9 +297,14 @@ class UpdateGraphs:
         )
 
     def _apply(self, total, norms, row, rate, began):
-        rate = rate.at(began, self._base)
-        norms = norms.write(row, self._accumulator.apply(total, rate))
+        norms = norms.write(row, self._update(total, rate, began))
         return self._accumulator.zeros(), norms
+
+    def _update(self, total, rate, began):
+        """Makes an update, at the rate of its first example."""
+        optimizer, rate = self._model.optimizer, rate.at(began, self._base)
+        with learning_rate.applied(optimizer, rate):
+            return self._accumulator.apply(total)
 
     def finish(self, total, rate):
         """Makes the update of what `accumulate` left unfinished.
@@ -311,8 +316,7 @@ class UpdateGraphs:
         Returns:
             float64 tensor of shape (5,), a row of `MicroBatchNorms`.
         """
-        began = rate.at(-total.examples, self._base)
-        return self._accumulator.apply(total, began)
+        return self._update(total, rate, -total.examples)
 
     def measure(self, data, examples):
         """Measures gradient norms of the parts of a superbatch.
