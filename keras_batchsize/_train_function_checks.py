@@ -26,7 +26,7 @@ def checked_graphs(team, model, controller, data, cuts=False):
     # The size may grow to what memory does not hold at once.
     cuts = cuts or max(sizes) > controller.speed.largest
     cuts = cuts or controller.plan.accumulation_steps > 1
-    measures = controller.measures or accumulates or cuts
+    splits = controller.measures or accumulates or cuts
     causes = _causes(controller, team.replicated, accumulates, cuts)
     if causes:
         exactness.check_step(model, *_in_words(causes))
@@ -41,7 +41,7 @@ def checked_graphs(team, model, controller, data, cuts=False):
     team.tell_cost_of(controller.ladder.base)
     sample = team.sample(data)
     try:
-        graphs = team.make_graphs(model, controller.clock.batch_size, measures)
+        graphs = team.make_graphs(model, controller.clock.batch_size, splits)
         first = min(slicing.number_of_examples(sample), 1)
         graphs.build(slicing.examples(sample, 0, first))
         if causes:

@@ -111,8 +111,17 @@ class Team:
         )
         return slicing.without_optionals(next(iterator))
 
-    def make_graphs(self, model, base_batch_size, measures):
-        """Returns the `ReplicaGraphs` of a model."""
+    def make_graphs(self, model, base_batch_size, splits):
+        """Returns the `ReplicaGraphs` of a model.
+
+        Replicas split every batch; where one device would not, they measure
+        nothing.
+
+        Args:
+            model: A compiled Keras model.
+            base_batch_size: B₀, in which the schedule's clock counts.
+            splits: Whether one device would split batches.
+        """
         if model.jit_compile:
             warnings.warn(
                 "`jit_compile` has no effect under a strategy: what replicas "
@@ -121,7 +130,7 @@ class Team:
                 "jit_compile=False.",
                 stacklevel=2,
             )
-        return ReplicaGraphs(model, base_batch_size, measures, self._parts)
+        return ReplicaGraphs(model, base_batch_size, splits, self._parts)
 
     def tell_cost_of(self, batch_size):
         """Says what a base batch size costs that is not shared evenly.

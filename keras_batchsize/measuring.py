@@ -19,9 +19,10 @@ BUDGET = 0.02
 _PLANNED = 0.8
 _HICCUP = 2.0
 
-# Parts that a superbatch is cut into to measure it. With n parts the spread of
-# the estimated squared norm is √(2n/(n - 1)) in units of φ/(examples·√r), r the
-# effective rank of the noise: 2.0 for two, 1.51 for eight, never below 1.41.
+# Parts that a superbatch, or a replica's share, is cut into to measure it. With
+# n parts the spread of the estimated squared norm is √(2n/(n - 1)) in units of
+# φ/(examples·√r), r the effective rank of the noise: 2.0 for two, 1.51 for
+# eight, never below 1.41.
 PARTS = 8
 
 # Timings remembered per batch size. Decisions and speed-ups go by their lower

@@ -16,9 +16,7 @@ from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize._gradients_replicated import ReplicatedGradients
-
-# Parts that each replica cuts its share into to measure a superbatch.
-_PARTS = 8
+from keras_batchsize.measuring import PARTS
 
 
 class Unfinished(NamedTuple):
@@ -289,7 +287,7 @@ class ReplicaGraphs:
         Returns:
             float64 tensor, a row of `MicroBatchNorms`.
         """
-        part = max(examples // (_PARTS * self._replicas), 1) * self._replicas
+        part = max(examples // (PARTS * self._replicas), 1) * self._replicas
         sizes = part, max(examples // part, 1)
         sizes = map(self._size, sizes)
         return self._general(self._measure, False, data, *sizes)
