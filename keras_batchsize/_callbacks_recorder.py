@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._version import __version__
+from keras_batchsize.records import finite_or_none
 from keras_batchsize.tensorboard import events
 from keras_batchsize.tensorboard import hparams
 from keras_batchsize.tensorboard import pictures
@@ -231,7 +232,7 @@ class Recorder:
 
     def _change_for_page(self, step):
         change = {
-            name: _finite_or_none(value)
+            name: finite_or_none(value)
             for name, value in self._changes[step].items()
         }
         return events.data(tags.CHANGE.format(step), change)
@@ -344,10 +345,3 @@ def _memory(profile, row, replicas):
         "memory/peak_bytes": float(peak),
         "memory/limit_bytes": math.nan if limit is None else limit,
     }
-
-
-def _finite_or_none(value):
-    """JSON has neither NaN nor infinities."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

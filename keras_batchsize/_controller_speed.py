@@ -91,11 +91,8 @@ class Speed:
 
     def _scaled(self, sizes, seconds):
         expected = dataclasses.replace(self._expected, largest=self.largest)
-        ratios = sorted(
-            one / expected(size) for size, one in zip(sizes, seconds)
-        )
-        # The lower quartile, as for the timings of a size.
-        ratio = ratios[(len(ratios) - 1) // 4] if ratios else 1.0
+        ratios = [one / expected(size) for size, one in zip(sizes, seconds)]
+        ratio = throughput.typical(ratios) if ratios else 1.0
         return dataclasses.replace(
             expected,
             fixed=expected.fixed * ratio,

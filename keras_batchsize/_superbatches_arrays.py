@@ -88,15 +88,3 @@ def at_hand(model, adapter, *order):
     if not all(isinstance(one, tf.Tensor) for one in leaves):
         return None, None
     return arrays, functools.partial(RowNumbers, *order)
-
-
-def specs_of(arrays):
-    """Returns the types of batches of arrays, of any number of examples."""
-    return keras.tree.map_structure(
-        lambda leaf: (
-            None
-            if leaf is None
-            else tf.TensorSpec([None] + leaf.shape[1:], leaf.dtype)
-        ),
-        arrays,
-    )

@@ -14,19 +14,12 @@ from keras_batchsize._tuner_penalty import Penalties
 from keras_batchsize._tuner_probe import CachedProbe
 from keras_batchsize._tuner_space import BatchSizeSpace
 from keras_batchsize._tuner_space import rate_factor
+from keras_batchsize._tuner_target import WALL_CLOCK
 from keras_batchsize._tuner_target import Target
 from keras_batchsize._tuner_training import TrialTraining
 from keras_batchsize.learning_rate import optimizers_inside
 
 _PACKAGE = __name__.partition(".")[0]
-
-# Metrics that other work on the machine changes.
-_WALL_CLOCK = (
-    "examples_per_second",
-    "time_to_target",
-    "tracing_seconds",
-    "training_seconds",
-)
 
 
 class _BuildFunction(keras_tuner.HyperModel):
@@ -192,7 +185,7 @@ class AdaptiveHyperModel(keras_tuner.HyperModel):
             ) from error
 
     def _warn_of_shared_clock(self, objectives):
-        timed = sorted(set(objectives).intersection(_WALL_CLOCK))
+        timed = sorted(set(objectives).intersection(WALL_CLOCK))
         if self._has_warned or not timed:
             return
         if "KERASTUNER_ORACLE_IP" not in os.environ:

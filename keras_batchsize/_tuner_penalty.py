@@ -13,16 +13,14 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize._tuner_fit import ran_out
+from keras_batchsize._tuner_target import COUNTS
 from keras_batchsize._tuner_target import EXAMPLES
+from keras_batchsize._tuner_target import SECONDS
 from keras_batchsize._tuner_target import TIME
 
 # The untrained model is evaluated on so many examples, or batches of a dataset.
 _EXAMPLES = 1024
 _BATCHES = 16
-
-# Metrics of our own that count or time something.
-_SECONDS = ("training_seconds", "tracing_seconds")
-_COUNTS = ("batch_size", "examples_per_second", "examples_seen", "noise_scale")
 
 
 class Penalties:
@@ -57,13 +55,13 @@ class Penalties:
         """
         if self._given is not None:
             return self._given
-        if direction == "max" and name in (*_SECONDS, *_COUNTS):
+        if direction == "max" and name in (*SECONDS, *COUNTS):
             return 0.0
-        if name in (TIME, *_SECONDS) and target is not None:
+        if name in (TIME, *SECONDS) and target is not None:
             return 2.0 * target.budget
         if name == EXAMPLES and target is not None:
             return 2.0 * target.examples_limit or None
-        if name in _COUNTS:
+        if name in COUNTS:
             return 2.0 * examples or None
         if self._untrained.get(name) is None:
             # That one trial tells none says nothing about the next.

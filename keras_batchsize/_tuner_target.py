@@ -6,8 +6,13 @@ from keras_batchsize._callbacks_time_to_target import checked_seconds
 from keras_batchsize._callbacks_time_to_target import checked_value
 from keras_batchsize.callbacks import TimeToTarget
 
+# The metrics of a trial that are not those of its model.
 TIME = "time_to_target"
 EXAMPLES = "examples_to_target"
+SECONDS = ("training_seconds", "tracing_seconds")
+COUNTS = ("batch_size", "examples_per_second", "examples_seen", "noise_scale")
+# Those that other work on the machine changes.
+WALL_CLOCK = (TIME, "examples_per_second", *SECONDS)
 
 
 class _OfATrial(TimeToTarget):

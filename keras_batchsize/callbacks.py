@@ -151,9 +151,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
                     "data shuffle whole batches, let none be short: the first "
                     "one counts."
                 )
-        measure = self.measure_every if self.policy.needs_noise else None
-        if not self.policy.needs_noise and self.measure_every != "auto":
-            measure = self.measure_every
+        measure = self.measure_every
+        if measure == "auto" and not self.policy.needs_noise:
+            measure = None
         return Controller(
             self.policy,
             self.make_ladder(fitting),

@@ -76,8 +76,10 @@ class Listeners(list):
 
 
 def finite_or_none(value):
-    """Returns a number as JSON takes it: neither NaN nor an infinity."""
-    return value if value is not None and math.isfinite(value) else None
+    """Returns a value as JSON takes it: neither NaN nor an infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def nan_if_none(value):

@@ -175,7 +175,7 @@ class Superbatches(keras_private.DataAdapter):
         """Types of a batch, where row numbers do not show them, or None."""
         if self._arrays is None:
             return None
-        return _arrays.specs_of(self._arrays)
+        return keras.tree.map_structure(slicing.batch_spec, self._arrays)
 
     def count_steps(self, steps_per_epoch):
         """Ends an epoch after so many superbatches, not with the data."""

@@ -115,7 +115,7 @@ def typical(seconds):
     """Returns the lower quartile of times, one of them.
 
     Args:
-        seconds: List of floats, at least one.
+        seconds: List of floats, at least one; or of their ratios.
     """
     return sorted(seconds)[(len(seconds) - 1) // 4]
 
