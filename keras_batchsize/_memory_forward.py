@@ -22,7 +22,6 @@ class Forward:
     """The tensors of a forward pass and of the loss.
 
     Attributes:
-        largest: Bytes per example of the largest one that is known.
         typical: Bytes per example of the tensor that a byte belongs to, on
             average: the mean size of the model's tensors, weighted by their
             sizes. None if sizes depend on the data, as with ragged examples,
@@ -35,7 +34,6 @@ class Forward:
         degree: Highest power of the batch size with which one of them grows.
     """
 
-    largest: float
     typical: float | None
     totals: tuple
     back: tuple
@@ -137,7 +135,6 @@ def _read(concrete, of_model, size):
         typical = _weighted_mean(_bytes_of(named, size)) / size
     known = not hides and not _depend_on_data(outputs)
     return Forward(
-        largest=max(sizes[0], default=0.0),
         typical=typical,
         totals=tuple(map(sum, sizes)) if known else (),
         back=tuple(2.0 * max(one, default=0.0) for one in sizes),

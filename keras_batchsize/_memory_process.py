@@ -216,7 +216,6 @@ def _save_examples(folder, request, examples):
         if one is not None and np.asarray(one).dtype.kind not in "biufc":
             _refuse(f"the examples are of dtype {one.dtype.name}")
     x, y, weight = keras.utils.unpack_x_y_sample_weight(examples.few(64))
-    request["given"] = [one is not None for one in (x, y, weight)]
     arrays, parts = {}, []
     for part in (x, y, weight):
         paths = [] if part is None else keras.tree.flatten(part)

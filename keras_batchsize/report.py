@@ -252,15 +252,14 @@ class Report:
             self._rows = thin_rows(self._rows, MAX_ROWS)
 
     def add_change(self, change):
-        """Adds a `Change`; returns its index, for `replace_change`."""
+        """Adds a `Change`."""
         self._changes.append(change)
-        return len(self._changes) - 1
 
     def replace_change(self, index, **fields):
         """Sets what became known about a change only later.
 
         Args:
-            index: Integer, as returned by `add_change`.
+            index: Integer, its place in `changes`.
             **fields: New values of `Change` attributes, for example
                 `observed_speedup=1.09`.
         """

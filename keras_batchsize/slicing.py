@@ -4,6 +4,22 @@ import keras
 import tensorflow as tf
 
 
+def has_optionals(dataset):
+    """Whether elements of a dataset hold `Optional`s, for None."""
+    return any(
+        isinstance(spec, tf.OptionalSpec)
+        for spec in keras.tree.flatten(dataset.element_spec)
+    )
+
+
+def without_nones(*data):
+    """Drops the `Optional`s by which Keras's adapters pass None."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(
+        without_optionals(data)
+    )
+    return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+
 def without_optionals(data):
     """Replaces the `Optional`s by which generators pass None."""
     return keras.tree.map_structure(

@@ -29,8 +29,6 @@ from keras_batchsize._superbatches_batched import Batched
 from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_batched import check_enough
 from keras_batchsize._superbatches_datasets import starting_over
-from keras_batchsize._superbatches_optionals import has_optionals
-from keras_batchsize._superbatches_optionals import without_nones
 from keras_batchsize._superbatches_rows import RowIterator
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
@@ -114,8 +112,8 @@ class Superbatches(keras_private.DataAdapter):
         """Returns the superbatches as one device would read them."""
         dataset = self._adapter.get_tf_dataset()
         if self._sizes is not None:
-            if has_optionals(dataset):
-                dataset = dataset.map(without_nones)
+            if slicing.has_optionals(dataset):
+                dataset = dataset.map(slicing.without_nones)
             # What is read apart cannot be cut short at the same place.
             sizes = self._sizes[:1] if self._copies else self._sizes
             dataset = dataset.rebatch(sizes).prefetch(tf.data.AUTOTUNE)

@@ -139,12 +139,6 @@ def test_replace_change_keeps_the_other_fields():
     assert report.changes[0] is before[0]
 
 
-def test_add_change_returns_the_index_to_replace():
-    report = a_report()
-    index = report.add_change(a_change(36, 128, 256, reason="the newest"))
-    assert report.changes[index].reason == "the newest"
-
-
 def test_a_copy_shares_nothing():
     report = a_report()
     twin = copy.deepcopy(report)
