@@ -110,7 +110,7 @@ class TimeToTarget(keras.callbacks.Callback):
     At the end of each epoch it adds to the logs, and so to `History`:
 
     - `time_to_target`: seconds of training to the target. While that is not
-      reached, budget·(1 + gap) with the gap g = d/(1 + d) of the best value so
+      reached, budget·(1 + g) with the gap g = d/(1 + d) of the best value so
       far, where d is its relative distance from the target. So the number is
       always finite, anything that arrives beats anything that does not, and
       the closer the better: an objective for `kt.Objective("time_to_target",

@@ -100,8 +100,8 @@ class NoiseScaleEstimate:
         lower: Lower end of the 95 % interval, in examples.
         upper: Upper end, in examples. Infinite while not resolved.
         resolved: Whether ‖G‖² differs from zero at 95 % confidence, so that
-            the interval is finite. Nothing may be decided on
-            an estimate that is not resolved.
+            the interval is finite, and tr(Σ) is positive. Nothing may be
+            decided on an estimate that is not resolved.
         squared_norm: ‖G‖² in (loss / parameter)², the denominator.
         trace: tr(Σ), the numerator, same unit.
     """

@@ -15,7 +15,8 @@ class Status:
 
     Attributes:
         batch_size: Examples per update now.
-        base_batch_size: B₀, the size that training starts from.
+        base_batch_size: The size that training starts from; B₀ as well,
+            unless `rate_batch_size` is given.
         smaller: The next smaller size that may be used, or `batch_size`.
         larger: The next larger size that may be used, or `batch_size`.
         noise_scale: φ in examples. NaN while it is not resolved.
@@ -28,8 +29,8 @@ class Status:
         epoch: Zero-based integer.
         efficiency: Progress per example under the learning-rate rule in
             force: `throughput.efficiency` or `throughput.linear_efficiency`.
-        rate_batch_size: The size the user's learning rate was meant for, if
-            that is not B₀.
+        rate_batch_size: B₀, the size the user's learning rate was meant for,
+            if that is not `base_batch_size`.
     """
 
     batch_size: int
@@ -48,7 +49,7 @@ class Status:
 
     @property
     def size_of_the_rate(self):
-        """The size the user's learning rate was meant for."""
+        """B₀, the size the user's learning rate was meant for."""
         return self.rate_batch_size or self.base_batch_size
 
 

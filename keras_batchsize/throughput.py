@@ -2,8 +2,11 @@
 
 The time of an update of B examples is modelled as T(B) = a + c·B seconds: a
 fixed cost (launching kernels, the optimizer, communication) and a cost per
-example. Together with the noise scale φ this decides everything: progress per
-example falls as 1/(φ + B), examples per second rise as B/(a + c·B).
+example, so that examples per second rise as B/(a + c·B). Progress per example
+falls with the size, the faster the smaller the noise scale φ is; how, depends
+on the rule of the learning rate: as `linear_efficiency` under the linear one,
+the default with SGD, as `efficiency` under any other. The product of both is
+the goodput.
 """
 
 import dataclasses
@@ -144,9 +147,9 @@ def _line(points):
 def efficiency(batch_size, noise_scale, base_batch_size):
     """Progress per example, relative to training at the base batch size.
 
-    (φ + B₀)/(φ + B), Qiao et al. 2021 (Pollux, OSDI), in the units of
-    McCandlish et al. 2018, eq. 2.11. 1 at the base batch size, and falling
-    towards φ/B once the batch is larger than the noise scale.
+    (φ + B₀)/(φ + B), Qiao et al. 2021 (Pollux, OSDI): the ratio of the examples
+    that McCandlish et al. 2018, eq. 2.11, asks for. 1 at the base batch size,
+    and falling as 1/B once the batch is larger than the noise scale.
 
     Args:
         batch_size: Examples per update.

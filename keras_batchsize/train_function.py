@@ -56,7 +56,7 @@ class AdaptiveTrainFunction:
         corrects_momentum: Whether momentum is rescaled with the factor.
         factor: The learning-rate factor in force, warm-up included.
         rule: The learning-rate rule.
-        rate_batch_size: Batch size the base rate was meant for, None for B₀.
+        rate_batch_size: B₀ where it is not the base batch size, or None.
         on_superbatch: `Listeners` called with the `Row` of each superbatch.
         on_decision: `Listeners` called with each `Change` of the size.
         on_first_superbatch: Function called with it and the controller.
