@@ -1,29 +1,14 @@
-"""A profile as a figure. Needs matplotlib; `batch_profile` imports it.
-
-The figure belongs to nobody: no pyplot, no global state. Colours are those of
-Okabe and Ito, apart for the colour-blind.
-"""
-
-import io
+"""A profile as a figure. Needs matplotlib; `batch_profile` imports it."""
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-RED = "#D55E00"
-GREEN = "#009E73"
-GREY = "0.5"
-
-
-class ProfileFigure(Figure):
-    """A figure that a notebook shows although pyplot never heard of it."""
-
-    def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
+from keras_batchsize import _figures
+from keras_batchsize._figures import BLUE
+from keras_batchsize._figures import GREEN
+from keras_batchsize._figures import GREY
+from keras_batchsize._figures import ORANGE
+from keras_batchsize._figures import RED
 
 
 def draw(profile):
@@ -36,7 +21,7 @@ def draw(profile):
         A `matplotlib.figure.Figure` of two axes: memory and throughput
         against the batch size.
     """
-    figure = ProfileFigure(figsize=(11, 4.4), layout="constrained")
+    figure = _figures.NotebookFigure(figsize=(11, 4.4), layout="constrained")
     memory, speed = figure.subplots(1, 2)
     sizes = np.array([row.batch_size for row in profile.rows], dtype=float)
     line = np.geomspace(sizes.min(), sizes.max() * 1.15, 200)
@@ -135,7 +120,5 @@ def _finish(axes):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
     axes.set_xlabel("batch size, in examples")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
-    axes.legend(loc="best").get_frame().set(edgecolor="none", alpha=0.7)
+    axes.legend(loc="best")
+    _figures.frame(axes)

@@ -4,6 +4,7 @@ Every text has three parts: the constraint and why it exists, what was
 received under the name the caller used, and an edit that helps.
 """
 
+import importlib
 import math
 import numbers
 
@@ -79,3 +80,25 @@ def known(name, value, choices, why):
             f"Received: {name}={value!r}. Use one of these names."
         )
     return value
+
+
+def module_that_draws(name, method):
+    """Imports a module that needs matplotlib.
+
+    Args:
+        name: Full name of the module.
+        method: What draws by it, as the caller wrote it.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"`{method}` needs matplotlib, which is optional. Received: "
+            f'{error}. Install it with `pip install "keras-batchsize[plot]"`.'
+        ) from error

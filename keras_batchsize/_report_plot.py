@@ -1,14 +1,6 @@
-"""A report as a figure. Needs matplotlib; `report` imports it when asked.
-
-The figure belongs to nobody: no pyplot, no global state, hence no window and
-nothing to close. Colours are those of Okabe and Ito, apart for the
-colour-blind; everything else follows the user's matplotlib style.
-"""
-
-import io
+"""A report as a figure. Needs matplotlib; `report` imports it when asked."""
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from matplotlib.ticker import FuncFormatter
 from matplotlib.ticker import LogLocator
@@ -16,25 +8,17 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import NullLocator
 
 from keras_batchsize import _checks
+from keras_batchsize import _figures
+from keras_batchsize._figures import BLUE
+from keras_batchsize._figures import GREY
+from keras_batchsize._figures import ORANGE
 
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREY = "0.5"
 X_LABELS = {
     "examples": "examples",
     "updates": "updates",
     "seconds": "seconds of training",
     "epoch": "epochs done",
 }
-
-
-class ReportFigure(Figure):
-    """A figure that a notebook shows although pyplot never heard of it."""
-
-    def _repr_png_(self):
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png")
-        return buffer.getvalue()
 
 
 def draw(report, x="examples"):
@@ -62,7 +46,7 @@ def draw(report, x="examples"):
         for name in vars(report.rows[0])
     }
     at = epochs_done(rows) if x == "epoch" else rows[x].astype(float)
-    figure = ReportFigure(figsize=(11, 6.6), layout="constrained")
+    figure = _figures.NotebookFigure(figsize=(11, 6.6), layout="constrained")
     figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
     panels = figure.subplots(2, 2, sharex=True).ravel()
     start = 0.0 if rows["epoch"][0] == 0 else at[0]
@@ -209,14 +193,9 @@ def _shorten(axis, largest):
 
 
 def _finish(axes, changes):
-    """Gives each panel the same frame, grid and marks of the changes."""
+    """Gives each panel the marks of the changes and the same frame."""
     for position in changes:
         axes.axvline(
             position, color=GREY, linestyle="--", linewidth=0.6, zorder=1
         )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
-    legend = axes.get_legend()
-    if legend:
-        legend.get_frame().set(edgecolor="none", alpha=0.7)
+    _figures.frame(axes)

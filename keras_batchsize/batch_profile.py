@@ -8,12 +8,12 @@ Nothing here measures: `memory.py` hands in what it saw.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import pathlib
 
 from keras_batchsize import _batch_profile_text
+from keras_batchsize import _checks
 from keras_batchsize import throughput
 
 __all__ = ["BatchProfile", "ProfileRow"]
@@ -191,16 +191,10 @@ class BatchProfile:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            module = importlib.import_module(
-                "keras_batchsize._batch_profile_plot"
-            )
-        except ImportError as error:
-            raise ImportError(
-                "`plot` needs matplotlib, which is optional. Received: "
-                f"{error}. Install it: pip install matplotlib."
-            ) from error
-        figure = module.draw(self)
+        drawing = _checks.module_that_draws(
+            "keras_batchsize._batch_profile_plot", "BatchProfile.plot"
+        )
+        figure = drawing.draw(self)
         if to_file is not None:
             figure.savefig(to_file)
         return figure

@@ -11,12 +11,12 @@ Nothing here decides or measures: rows and changes are handed in.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import operator
 import pathlib
 
+from keras_batchsize import _checks
 from keras_batchsize import _report_text
 from keras_batchsize._report_text import json_value
 
@@ -308,14 +308,9 @@ class Report:
             A `matplotlib.figure.Figure` with four axes. It is unknown to
             pyplot, so there is nothing to close.
         """
-        try:
-            drawing = importlib.import_module("keras_batchsize._report_plot")
-        except ImportError as error:
-            raise ImportError(
-                "`Report.plot` needs matplotlib, which could not be imported "
-                f"({error}). Install it with "
-                '`pip install "keras-batchsize[plot]"`.'
-            ) from error
+        drawing = _checks.module_that_draws(
+            "keras_batchsize._report_plot", "Report.plot"
+        )
         figure = drawing.draw(self, x)
         if to_file is not None:
             figure.savefig(to_file)

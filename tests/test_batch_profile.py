@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 
@@ -130,6 +131,13 @@ def test_plot(tmp_path, rows):
     assert "largest: 100" in labels
     # A point for each row with a time.
     assert len(speed.lines[0].get_xdata()) == rows
+
+
+def test_plot_says_what_to_install(monkeypatch):
+    name = "keras_batchsize._batch_profile_plot"
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'"keras-batchsize\[plot\]"'):
+        profile().plot()
 
 
 def test_plot_shows_what_is_kept_for_fragments():

@@ -24,7 +24,7 @@ PROGRAMS = ("benchmarks", "examples")
 # its neighbours: what two of them share has a floor beneath them. The picture
 # is in docs/design.md.
 FLOORS = (
-    ("_checks", "_version"),
+    ("_checks", "_figures", "_version"),
     ("clock", "measuring", "noise", "plan", "scaling", "throughput"),
     ("batch_profile", "policies", "records", "size_search"),
     ("controller", "report", "tensorboard"),

@@ -40,6 +40,10 @@ def goodput(
     from matplotlib.ticker import FuncFormatter
     from matplotlib.ticker import NullLocator
 
+    from keras_batchsize._figures import BLUE
+    from keras_batchsize._figures import ORANGE
+    from keras_batchsize._figures import RED
+
     known = (step_time, noise_scale, base_batch_size, efficiency)
     fine = _between(sizes)
     useful = [throughput.goodput(size, *known) for size in fine]
@@ -48,10 +52,10 @@ def goodput(
     figure = Figure(figsize=(6.2, 3.7), layout="constrained")
     axes = figure.subplots()
     axes.plot(fine, speed, color="0.55", linestyle="--", label="examples/s")
-    axes.plot(fine, useful, color="#0072B2", linewidth=2.2, label="goodput")
-    axes.plot(present, now, "o", color="#D55E00", label=f"now: {present}")
+    axes.plot(fine, useful, color=BLUE, linewidth=2.2, label="goodput")
+    axes.plot(present, now, "o", color=RED, label=f"now: {present}")
     axes.axvline(
-        noise_scale, color="#E69F00", linestyle=":", label="noise scale"
+        noise_scale, color=ORANGE, linestyle=":", label="noise scale"
     )
     axes.set_xscale("log", base=2)
     axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
