@@ -7,7 +7,7 @@ import keras
 from keras_batchsize import memory
 from keras_batchsize._callbacks_base import train_function_of
 from keras_batchsize._memory_examples import Examples
-from keras_batchsize._memory_limits import Limits
+from keras_batchsize.memory import Limits
 
 
 class MemoryProbe(keras.callbacks.Callback):

@@ -8,7 +8,6 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
-from keras_batchsize._train_function_memory import VariablesFreed
 from keras_batchsize._trainer_callbacks import TrainerBatchSize
 from keras_batchsize._trainer_callbacks import board_of
 from keras_batchsize._trainer_callbacks import callbacks_of
@@ -23,6 +22,7 @@ from keras_batchsize.measuring import checked_every
 from keras_batchsize.noise import UNKNOWN
 from keras_batchsize.plan import Ladder
 from keras_batchsize.superbatches import make_superbatches
+from keras_batchsize.train_function import VariablesFreed
 from keras_batchsize.update_graphs import KeptSteps
 
 _split = keras_private.train_validation_split
