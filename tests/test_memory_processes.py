@@ -117,24 +117,6 @@ def model_of(activation="relu", optimizer="adam", width=32):
 X, Y = np.zeros((96, 16), "float32"), np.zeros((96, 1), "float32")
 
 
-def test_trials_in_a_child_process():
-    model = model_of()
-    state = random.getstate()
-    profile = kb.find_max_batch_size(
-        *(model, X, Y),
-        isolation=True,
-        memory_limit=300 * 2**20,
-        time_budget=math.inf,
-    )
-    assert profile.max_batch_size == 96
-    assert profile.reason == "dataset"
-    assert profile.memory_limit == 300 * 2**20
-    assert profile.measured_by == "allocator statistics"
-    assert random.getstate() == state
-    # Nothing of it happened here.
-    assert not model.optimizer.built
-
-
 @pytest.mark.parametrize(
     ("own", "limit", "expected"),
     [
@@ -199,6 +181,35 @@ def own_error(y, y_pred):
     return keras.ops.square(y - y_pred)
 
 
+def of_own_objects():
+    """Returns a model for which a child process has to import this module."""
+    kind = _memory_process.ERRORS.index(NotImplementedError)
+    inputs = keras.Input((16,))
+    hidden = NotRegistered(4)(KnowsFloat32(kind)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile("adam", own_error, metrics=["mae"])
+    return model
+
+
+@pytest.mark.slow
+def test_trials_in_a_child_process():
+    model = of_own_objects()
+    state = random.getstate()
+    profile = kb.find_max_batch_size(
+        *(model, X, Y),
+        isolation=True,
+        memory_limit=300 * 2**20,
+        time_budget=math.inf,
+    )
+    assert profile.max_batch_size == 96
+    assert profile.reason == "dataset"
+    assert profile.memory_limit == 300 * 2**20
+    assert profile.measured_by == "allocator statistics"
+    assert random.getstate() == state
+    # Nothing of it happened here.
+    assert not model.optimizer.built
+
+
 def of_kind(kind):
     """Returns a model of half precision that fails in its first step."""
     inputs = keras.Input((16,))
@@ -208,17 +219,35 @@ def of_kind(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", range(len(_memory_process.ERRORS)))
-def test_an_error_of_the_child_is_the_one_that_there_would_be_without(
-    kind, monkeypatch
-):
+@pytest.mark.parametrize("kind", _memory_process.ERRORS)
+def test_an_error_is_handed_back_as_it_is(kind):
+    is_tensorflow = issubclass(kind, tf.errors.OpError)
+    error = kind(*((None, None, "why") if is_tensorflow else ("why",)))
+    answer = json.loads(json.dumps(_memory_process.answer_of(error)))
+    back = _memory_process._error_from(answer)
+    assert type(back) is kind
+    assert str(back) == str(error)
+
+
+@pytest.fixture
+def in_name_only(monkeypatch):
+    """Lets this process be its own child: one takes ten seconds to start."""
+
     def run(folder, limits):
         request = json.loads((folder / "request.json").read_text("utf-8"))
         return json.loads(json.dumps(_memory_worker.answer_to(request, folder)))
 
-    # A child in name only, as each takes ten seconds to start.
     monkeypatch.setattr(_memory_process, "_run", run)
-    expected = _memory_process.ERRORS[kind]
+
+
+# Of Keras, and of TensorFlow.
+@pytest.mark.parametrize(
+    "expected", [NotImplementedError, tf.errors.UnimplementedError]
+)
+def test_an_error_of_the_child_is_the_one_that_there_would_be_without(
+    expected, in_name_only
+):
+    kind = _memory_process.ERRORS.index(expected)
     for isolation in (False, True):
         with pytest.raises(expected, match="no bfloat16 here") as caught:
             kb.find_max_batch_size(of_kind(kind), X, Y, isolation=isolation)
@@ -232,9 +261,11 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
         request = json.loads((folder / "request.json").read_text("utf-8"))
         keras.config.set_floatx("float32")
         keras.config.set_image_data_format("channels_last")
+        keras.config.set_dtype_policy("float32")
         _memory_worker.set_up(request)
         seen.append(keras.config.floatx())
         seen.append(keras.config.image_data_format())
+        seen.append(keras.config.dtype_policy().name)
         return _memory_worker.answer_to(request, folder)
 
     monkeypatch.setattr(_memory_process, "_run", run)
@@ -247,26 +278,20 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
     try:
         keras.config.set_floatx("float64")
         keras.config.set_image_data_format("channels_first")
+        keras.config.set_dtype_policy("mixed_bfloat16")
         kb.find_max_batch_size(model, X, Y, isolation=True)
     finally:
         keras.config.set_floatx(before[0])
         keras.config.set_image_data_format(before[1])
-    assert seen == ["float64", "channels_first"]
+        keras.config.set_dtype_policy("float32")
+    assert seen == ["float64", "channels_first", "mixed_bfloat16"]
 
 
-@pytest.mark.slow
-def test_a_policy_that_does_not_run_in_a_child_process_says_so():
-    kind = _memory_process.ERRORS.index(NotImplementedError)
-
-    def build():
-        inputs = keras.Input((16,))
-        hidden = NotRegistered(4)(KnowsFloat32(kind)(inputs))
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
-        model.compile("sgd", own_error)
-        return model
-
+def test_a_policy_that_does_not_run_in_a_child_process_says_so(in_name_only):
     found = kb.compare_dtype_policies(
-        build, X, Y, policies=("float32", "mixed_bfloat16"), isolation=True
+        *(of_own_objects, X, Y),
+        policies=("float32", "mixed_bfloat16"),
+        isolation=True,
     )
     float32, half = found.results
     assert float32.profile.max_batch_size == 96
