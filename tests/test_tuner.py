@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import types
 import warnings
 
 import keras
@@ -14,6 +15,7 @@ import tensorflow as tf
 import keras_batchsize as kb
 from keras_batchsize import tuner as kbt
 from keras_batchsize._train_function_rows import Tally
+from keras_batchsize._tuner_penalty import Penalties
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(1024, 8)).astype("float32")
@@ -69,10 +71,10 @@ def search(
     fit=(),
     **arguments,
 ):
-    """Searches; returns the tuner."""
+    """Searches, one trial if not told otherwise; returns the tuner."""
     lengths = {"max_epochs": 2, "factor": 2}
     if kind != "Hyperband":
-        lengths = {"max_trials": 3}
+        lengths = {"max_trials": 1}
         fit = {"epochs": 2, **dict(fit)}
     tuner = getattr(keras_tuner, kind)(
         hypermodel,
@@ -100,21 +102,29 @@ def metrics_of(trial):
 # Searches.
 
 
+# Hyperband's search is below.
 @pytest.mark.parametrize(
-    "kind", ["RandomSearch", "BayesianOptimization", "GridSearch", "Hyperband"]
+    "kind", ["RandomSearch", "BayesianOptimization", "GridSearch"]
 )
 def test_every_tuner_searches_with_it(kind, tmp_path):
     tuner = search(
-        tmp_path, kbt.AdaptiveHyperModel(build, space(), TARGET), kind
+        tmp_path,
+        kbt.AdaptiveHyperModel(build, space(), TARGET),
+        kind,
+        max_trials=2,
     )
-    trials = trials_of(tuner)
-    assert len(trials) >= 3
-    for trial in trials:
+    assert len(trials_of(tuner)) == 2
+    assert_searched(tuner, TARGET)
+
+
+def assert_searched(tuner, target):
+    """All trials are complete, with all metrics, and the best can be had."""
+    for trial in trials_of(tuner):
         assert trial.status == "COMPLETED", trial.message
         values, metrics = trial.hyperparameters.values, metrics_of(trial)
         assert METRICS <= set(metrics)
         assert all(map(math.isfinite, metrics.values())), metrics
-        assert 0.0 < trial.score <= 40.0
+        assert 0.0 < trial.score <= 2.0 * target.budget_seconds
         size = metrics["batch_size"]
         if values["batch_size/policy"] == "fixed":
             assert size == values["batch_size/initial"]
@@ -130,18 +140,17 @@ def test_a_fixed_size_trains_as_plain_fit_does(tmp_path):
         kbt.AdaptiveHyperModel(build, space(policies=["fixed"])),
         objective=("val_loss", "min"),
     )
-    for trial in trials_of(tuner):
-        model = build(trial.hyperparameters)
-        size = trial.hyperparameters.get("batch_size/initial")
-        history = model.fit(
-            X,
-            Y,
-            batch_size=size,
-            epochs=2,
-            validation_data=VALIDATION,
-            verbose=0,
-        )
-        assert trial.score == min(history.history["val_loss"])
+    (trial,) = trials_of(tuner)
+    model = build(trial.hyperparameters)
+    history = model.fit(
+        X,
+        Y,
+        batch_size=trial.hyperparameters.get("batch_size/initial"),
+        epochs=2,
+        validation_data=VALIDATION,
+        verbose=0,
+    )
+    assert trial.score == min(history.history["val_loss"])
 
 
 class Recorded(keras_tuner.HyperModel):
@@ -248,17 +257,18 @@ def test_a_fit_may_return_the_objective_itself(tmp_path):
     assert trial.score > 0.0
 
 
-def test_datasets_are_searched_with_every_size(tmp_path):
+@pytest.mark.parametrize("size", [8, 32])
+def test_datasets_are_searched_with_sizes_of_the_space(size, tmp_path):
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    fixed = space(initial=(size, size), policies=["fixed"])
     tuner = search(
         tmp_path,
-        kbt.AdaptiveHyperModel(build, space(policies=["fixed"]), TARGET),
-        fit={"x": data, "y": None},
+        kbt.AdaptiveHyperModel(build, fixed, TARGET),
+        fit={"x": data, "y": None, "epochs": 1},
     )
-    for trial in trials_of(tuner):
-        size = trial.hyperparameters.get("batch_size/initial")
-        assert metrics_of(trial)["batch_size"] == size
-        assert metrics_of(trial)["examples_seen"] <= 2048
+    (trial,) = trials_of(tuner)
+    assert metrics_of(trial)["batch_size"] == size
+    assert metrics_of(trial)["examples_seen"] <= 1024
 
 
 class OwnTuner(keras_tuner.RandomSearch):
@@ -382,6 +392,7 @@ def test_hyperband_goes_on_from_clock_statistics_and_momentum(tmp_path):
         kbt.AdaptiveHyperModel(inner, space(policies=["measure"]), target),
         "Hyperband",
     )
+    assert_searched(tuner, target)
     by_id = {one.trial_id: one for one in trials_of(tuner)}
     resumed = 0
     for trial, slots in zip(by_id.values(), inner.slots, strict=True):
@@ -529,8 +540,9 @@ def test_diverging_trials_are_completed_with_a_finite_objective(
         kbt.AdaptiveHyperModel(diverging, space(), TARGET),
         "BayesianOptimization",
         objective,
-        max_trials=4,
+        max_trials=2,
     )
+    assert len(trials_of(tuner)) == 2
     untrained = build(keras_tuner.HyperParameters()).evaluate(
         *VALIDATION, verbose=0
     )
@@ -636,21 +648,15 @@ def run_out(inputs):
     raise MemoryError("more than there is")
 
 
-@pytest.mark.parametrize(
-    ("direction", "penalty"), [("max", 0.0), ("min", 4096.0)]
-)
-def test_a_noise_scale_that_is_not_measured_is_a_finite_objective(
-    direction, penalty, tmp_path
-):
+def test_a_noise_scale_that_is_not_measured_is_a_finite_objective(tmp_path):
     tuner = search(
         tmp_path,
         kbt.AdaptiveHyperModel(build, space(policies=["fixed"])),
-        objective=("noise_scale", direction),
-        max_trials=1,
+        objective=("noise_scale", "min"),
     )
     (trial,) = trials_of(tuner)
     assert trial.status == "COMPLETED", trial.message
-    assert trial.score == penalty
+    assert trial.score == 4096.0
 
 
 class TooLarge(keras.layers.Layer):
@@ -682,49 +688,59 @@ def too_large(hp, fitting=0):
     return large
 
 
-@pytest.mark.filterwarnings("ignore:Memory ran out:RuntimeWarning")
-@pytest.mark.parametrize(
-    ("kind", "trials", "objective", "penalty", "fit"),
-    [
-        ("RandomSearch", 1, ("time_to_target", "min"), 40.0, {}),
-        pytest.param(
-            *("Hyperband", None, ("examples_to_target", "min"), 4096.0, {}),
-            marks=pytest.mark.slow,
-        ),
-        (
-            "RandomSearch",
-            1,
-            ("examples_to_target", "min"),
-            4096.0,
-            {"x": Batches(), "y": None},
-        ),
-        ("RandomSearch", 1, ("examples_per_second", "max"), 0.0, {}),
-        # What an untrained model has is kept from trial to trial.
-        pytest.param(
-            *("RandomSearch", 3, ("val_loss", "min"), None, {}),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_trials_out_of_memory_get_a_finite_objective(
-    kind, trials, objective, penalty, fit, tmp_path
-):
-    tuner = search(
-        tmp_path,
-        kbt.AdaptiveHyperModel(
-            too_large, space(initial=(2, 4), policies=["fixed"]), TARGET
-        ),
-        kind,
-        objective,
-        fit,
-        **({"max_trials": trials} if trials else {}),
+def out_of_memory(tmp_path, *arguments, **options):
+    """Returns the trials of a search of which none has enough memory."""
+    hypermodel = kbt.AdaptiveHyperModel(
+        too_large, space(initial=(2, 4), policies=["fixed"]), TARGET
     )
-    found = trials_of(tuner)
-    assert len(found) >= (trials or 3)
+    found = trials_of(search(tmp_path, hypermodel, *arguments, **options))
     for trial in found:
         assert trial.status == "COMPLETED", trial.message
-        if penalty is not None:
-            assert trial.score == penalty
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Memory ran out:RuntimeWarning")
+def test_hyperband_goes_on_from_trials_out_of_memory(tmp_path):
+    objective = "examples_to_target", "min"
+    found = out_of_memory(tmp_path, "Hyperband", objective)
+    assert [one.score for one in found] == [4096.0] * len(found)
+    assert any("tuner/trial_id" in one.hyperparameters.values for one in found)
+
+
+@pytest.mark.filterwarnings("ignore:Memory ran out:RuntimeWarning")
+def test_a_metric_without_memory_is_that_of_one_untrained_model(tmp_path):
+    first, second = out_of_memory(
+        tmp_path, objective=("val_loss", "min"), max_trials=2
+    )
+    # Of two classes, as good as none is known; and evaluated once.
+    assert first.score == second.score == pytest.approx(math.log(2), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "direction", "penalty"),
+    [
+        # Twice the budget, in seconds and in examples.
+        ("time_to_target", "min", 40.0),
+        ("training_seconds", "min", 40.0),
+        ("tracing_seconds", "min", 40.0),
+        ("examples_to_target", "min", 4096.0),
+        # Twice the examples of the training.
+        ("noise_scale", "min", 2000.0),
+        ("examples_seen", "min", 2000.0),
+        ("batch_size", "min", 2000.0),
+        ("noise_scale", "max", 0.0),
+        ("examples_per_second", "max", 0.0),
+        ("training_seconds", "max", 0.0),
+        ("val_loss", "min", 0.7),
+        ("val_accuracy", "max", 0.7),
+    ],
+)
+def test_penalties_are_finite_and_bad(name, direction, penalty):
+    target = types.SimpleNamespace(budget=20.0, examples_limit=2048)
+    found = Penalties().of(name, direction, target, 1000, lambda name: 0.7)
+    assert found == penalty
+    assert Penalties(3.0).of(name, direction, target, 1000, None) == 3.0
 
 
 @pytest.mark.filterwarnings("ignore:Memory ran out:RuntimeWarning")
@@ -792,8 +808,10 @@ def test_the_probe_caps_sizes_and_runs_once_per_kind_of_model(tmp_path):
             build, space(policies=["fixed"]), TARGET, memory_probe=probe
         ),
         "GridSearch",
+        fit={"epochs": 1},
         max_trials=6,
     )
+    assert len(trials_of(tuner)) == 6
     for trial in trials_of(tuner):
         initial = trial.hyperparameters.get("batch_size/initial")
         assert metrics_of(trial)["batch_size"] == min(initial, 16)
@@ -899,31 +917,22 @@ def test_the_real_probe_is_asked_on_demand(tmp_path):
     assert metrics_of(trial)["batch_size"] == initial
 
 
-@pytest.mark.parametrize(
-    ("objective", "penalty"),
-    # Two epochs of 1,024 examples, twice, for what never trains.
-    [("time_to_target", 40.0), ("examples_to_target", 4096.0)],
-)
-def test_a_model_that_does_not_fit_at_all_is_a_matter_of_the_trial(
-    objective, penalty, tmp_path
-):
+def test_a_model_that_does_not_fit_at_all_is_a_matter_of_the_trial(tmp_path):
     def probe(model, x, y):
         return kb.find_max_batch_size(model, x, y, memory_limit=1000)
 
     tuner = search(
         tmp_path,
         kbt.AdaptiveHyperModel(build, space(), TARGET, memory_probe=probe),
-        objective=(objective, "min"),
-        max_trials=1,
+        objective=("examples_to_target", "min"),
     )
     (trial,) = trials_of(tuner)
     assert trial.status == "COMPLETED", trial.message
-    assert trial.score == penalty
+    # Two epochs of 1,024 examples, twice, for what never trains.
+    assert trial.score == 4096.0
 
 
 def test_the_value_of_an_untrained_model_is_looked_for_until_there_is_one():
-    from keras_batchsize._tuner_penalty import Penalties
-
     values = [None, 0.7]
     penalties = Penalties()
 
@@ -987,7 +996,13 @@ def test_a_wrong_configuration_ends_the_search_with_its_message(
         builder, space(policies=["goodput"]), **settings
     )
     with pytest.raises(keras_tuner.errors.FatalError) as caught:
-        search(tmp_path, hypermodel, objective=(objective, "min"), fit=fit)
+        search(
+            tmp_path,
+            hypermodel,
+            objective=(objective, "min"),
+            fit=fit,
+            max_trials=2,
+        )
     assert text in str(caught.value)
     # No second trial was started.
     assert len(list(tmp_path.glob("*/trial_*"))) == 1

@@ -95,7 +95,7 @@ def test_tensorboard_shows_each_execution_of_each_trial(tmp_path):
             build, kbt.BatchSizeSpace((8, 16), 32, ["fixed", "measure"])
         ),
         objective="val_loss",
-        max_trials=2,
+        max_trials=1,
         executions_per_trial=2,
         directory=tmp_path / "search",
         seed=1,
@@ -105,25 +105,24 @@ def test_tensorboard_shows_each_execution_of_each_trial(tmp_path):
         x, y, epochs=2, validation_split=0.2, verbose=0, callbacks=[board]
     )
 
-    for trial in tuner.oracle.trials.values():
-        assert trial.status == "COMPLETED", trial.message
-        for execution in ("execution0", "execution1"):
-            folder = tmp_path / "logs" / trial.trial_id / execution
-            # Beside Keras's, in a run of our own; the settings of the trial
-            # are in the run above, where KerasTuner writes them.
-            runs = {one.name for one in folder.iterdir() if one.is_dir()}
-            assert {"train", "validation", "batch_size"} <= runs
-            assert "batch_size_2" not in runs
-            assert hparams_sessions(folder) == 1
-            assert hparams_sessions(folder / "batch_size") == 0
-            sizes = scalars(folder / "batch_size", "batch_size/global")
-            initial = trial.hyperparameters.get("batch_size/initial")
-            assert set(sizes) == {initial}
+    (trial,) = tuner.oracle.trials.values()
+    assert trial.status == "COMPLETED", trial.message
+    for execution in ("execution0", "execution1"):
+        folder = tmp_path / "logs" / trial.trial_id / execution
+        # Beside Keras's, in a run of our own; the settings of the trial are in
+        # the run above, where KerasTuner writes them.
+        runs = {one.name for one in folder.iterdir() if one.is_dir()}
+        assert {"train", "validation", "batch_size"} <= runs
+        assert "batch_size_2" not in runs
+        assert hparams_sessions(folder) == 1
+        assert hparams_sessions(folder / "batch_size") == 0
+        sizes = scalars(folder / "batch_size", "batch_size/global")
+        initial = trial.hyperparameters.get("batch_size/initial")
+        assert set(sizes) == {initial}
     # The tab has them all.
     runs = ask(client_for(tmp_path / "logs"), "runs")
     assert {one["run"] for one in runs} == {
-        f"{trial}/execution{execution}/batch_size"
-        for trial in tuner.oracle.trials
+        f"{trial.trial_id}/execution{execution}/batch_size"
         for execution in (0, 1)
     }
 
@@ -204,7 +203,7 @@ for name, strategy in (("one", None), ("two", strategy)):
     tuner = keras_tuner.RandomSearch(
         kbt.AdaptiveHyperModel(build, space(policies=["fixed"]), TARGET),
         objective="val_loss",
-        max_trials=2,
+        max_trials=1,
         seed=1,
         distribution_strategy=strategy,
         project_name=name,
@@ -227,12 +226,12 @@ print(json.dumps(rows))
 @pytest.mark.slow
 def test_mirrored_replicas_train_trials_as_one_device_does(tmp_path):
     rows = finish(start(MIRRORED, tmp_path))
-    for one, two in zip(rows["one"], rows["two"], strict=True):
-        assert one[0] == two[0] == "COMPLETED"
-        assert one[1] == two[1]
-        # Law 2: the same but for rounding, which training carries on.
-        assert two[2] == pytest.approx(one[2], rel=1e-3)
-        assert one[3] == two[3]
+    [one], [two] = rows["one"], rows["two"]
+    assert one[0] == two[0] == "COMPLETED"
+    assert one[1] == two[1]
+    # Law 2: the same but for rounding, which training carries on.
+    assert two[2] == pytest.approx(one[2], rel=1e-3)
+    assert one[3] == two[3]
 
 
 WORKER = """
