@@ -6,6 +6,8 @@
 8. The number of traces does not grow with the number of size changes.
 """
 
+import math
+
 import comparing
 import keras
 import numpy as np
@@ -20,6 +22,7 @@ from comparing import plain
 from keras import layers
 
 import keras_batchsize as kb
+from keras_batchsize import learning_rate
 from keras_batchsize.policies import BatchSizeSchedule
 
 # Law 1.
@@ -213,7 +216,9 @@ def last_rates(trained):
     return [rows[epoch].base_learning_rate for epoch in sorted(rows)]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+# With a warm-up, and one that jumps. What a schedule is asked for does not
+# depend on its kind.
+@pytest.mark.parametrize("name", ["CosineDecay", "PiecewiseConstantDecay"])
 def test_schedule_runs_on_the_examples_clock(name):
     make_model = compiled(
         dense, optimizer=lambda: optimizers.SGD(SCHEDULES[name]())
@@ -237,6 +242,20 @@ def test_schedule_runs_on_the_examples_clock(name):
     )
     assert int(larger.model.optimizer.iterations) == 2 * 3
     np.testing.assert_allclose(last_rates(larger), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_asked_for_the_step_of_an_example(name):
+    schedule = SCHEDULES[name]()
+    held = optimizers.SGD(schedule)
+    rate = learning_rate.rate_in_force(2.0, 4.0, 2, 3)
+    for position in (-12, 0, 4, 5, 13, 100):
+        # Three examples after step 2, in steps of eight.
+        step = 2 + math.floor((3 + position) / BASE)
+        found = learning_rate.effective_rate(held, rate.at(position, BASE))
+        np.testing.assert_allclose(
+            found, 2.0 * float(schedule(step)), rtol=1e-6
+        )
 
 
 def test_schedule_goes_on_in_a_second_fit():

@@ -95,11 +95,15 @@ def test_factor_is_that_of_an_optimizer_with_a_scaled_rate(name):
     rate = 2.0**-7
     data = comparing.regression()
 
-    ours = scaled(compiled(dense, optimizer=lambda: make(rate)), *data)
+    # Three updates.
+    ours = scaled(
+        compiled(dense, optimizer=lambda: make(rate)), *data, epochs=1
+    )
     theirs = plain(
         compiled(dense, optimizer=lambda: make(FACTOR * rate)),
         *data,
         batch_size=4 * BASE,
+        epochs=1,
     )
 
     for one, other in zip(ours.model.weights, theirs.model.weights):
@@ -136,8 +140,10 @@ class OnBaseClock(keras.optimizers.schedules.LearningRateSchedule):
         return {}
 
 
-@pytest.mark.parametrize("name", comparing.SCHEDULES)
-def test_factor_multiplies_every_schedule(name):
+# What is multiplied does not depend on the schedule: those with a warm-up, and
+# with jumps. test_laws.py asks all of them.
+@pytest.mark.parametrize("name", ["CosineDecay", "PiecewiseConstantDecay"])
+def test_factor_multiplies_a_schedule(name):
     schedule = comparing.SCHEDULES[name]
     data = comparing.regression()
 
@@ -462,11 +468,11 @@ def decayed_at(name, size, rule):
     )
 
 
-@pytest.mark.parametrize("rule", ["linear", "sqrt"])
 @pytest.mark.parametrize("name", DECAYING)
-def test_weight_decay_keeps_its_timescale(name, rule):
-    small = decayed_at(name, BASE, rule)
-    large = decayed_at(name, 4 * BASE, rule)
+def test_weight_decay_keeps_its_timescale(name):
+    # Under the linear rule the rate does it all, as the warm-up below shows.
+    small = decayed_at(name, BASE, "sqrt")
+    large = decayed_at(name, 4 * BASE, "sqrt")
     # Per update 1 - rate·decay, eight times, and 1 - 4·rate·decay, twice.
     once = RATE * DECAY
     np.testing.assert_allclose(small, (1.0 - once) ** 8, rtol=1e-6)
