@@ -635,9 +635,14 @@ def test_a_training_resumes_in_the_process_that_was_interrupted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("superbatches", "interrupt"), [(1, (1, 0)), (2, (2, 0)), (3, (2, 0))]
+    ("superbatches", "interrupt", "own"),
+    [
+        (1, (1, 0), True),
+        (2, (2, 0), False),
+        (2, (2, 0), True),
+        (3, (2, 0), True),
+    ],
 )
-@pytest.mark.parametrize("own", [False, True])
 def test_a_backup_within_an_epoch_is_resumed_as_under_plain_fit(
     superbatches, interrupt, own, tmp_path
 ):

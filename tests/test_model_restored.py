@@ -7,6 +7,7 @@ use of the model.
 """
 
 import copy
+import functools
 
 import comparing
 import keras
@@ -197,10 +198,28 @@ def assert_untouched(model, optimizer):
     assert rate == np.float32(RATE)
 
 
-def attributes_after_plain_fit(train):
+# What becomes of a training.
+
+
+def ends(train, model):
+    train(model, X, Y)
+
+
+def ends_by_data(train, model, data, error):
+    with pytest.raises(BaseException, match="broken|Error"):
+        train(model, data(error), None)
+
+
+def ends_by_callback(train, model, hook):
+    with pytest.raises(KeyboardInterrupt, match="broken"):
+        train(model, X, Y, [Breaks(hook, KeyboardInterrupt)])
+
+
+@functools.cache
+def attributes_after_plain_fit(end, *arguments):
     """What plain `fit` leaves in a model, interrupted or not."""
     model, _ = ready()
-    train(by_plain_fit, model)
+    end(by_plain_fit, model, *arguments)
     return sorted(vars(model))
 
 
@@ -225,9 +244,9 @@ def test_nothing_is_left_after_a_training(train, tmp_path):
     model, function = ready()
     optimizer = model.optimizer
 
-    train(model, X, Y)
+    ends(train, model)
 
-    attributes = attributes_after_plain_fit(lambda fit, one: fit(one, X, Y))
+    attributes = attributes_after_plain_fit(ends)
     assert_in_order(model, function, optimizer, attributes)
     assert_usable(model, tmp_path)
 
@@ -253,16 +272,12 @@ def test_nothing_is_left_after_the_first_training(train):
     ids=["dataset", "py-dataset"],
 )
 def test_nothing_is_left_after_data_that_break(train, data, error):
-    def interrupt(train, model):
-        with pytest.raises(BaseException, match="broken|Error"):
-            train(model, data(error), None)
-
     model, function = ready()
     optimizer = model.optimizer
 
-    interrupt(train, model)
+    ends_by_data(train, model, data, error)
 
-    attributes = attributes_after_plain_fit(interrupt)
+    attributes = attributes_after_plain_fit(ends_by_data, data, error)
     assert_in_order(model, function, optimizer, attributes)
 
 
@@ -285,16 +300,12 @@ def test_nothing_is_left_after_a_loss_that_breaks(train):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_trainer_leaves_nothing_after_a_callback_that_breaks(hook):
-    def interrupt(train, model):
-        with pytest.raises(KeyboardInterrupt, match="broken"):
-            train(model, X, Y, [Breaks(hook, KeyboardInterrupt)])
-
     model, function = ready()
     optimizer = model.optimizer
 
-    interrupt(by_trainer, model)
+    ends_by_callback(by_trainer, model, hook)
 
-    attributes = attributes_after_plain_fit(interrupt)
+    attributes = attributes_after_plain_fit(ends_by_callback, hook)
     assert_in_order(model, function, optimizer, attributes)
 
 

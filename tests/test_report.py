@@ -517,7 +517,15 @@ def test_plot_takes_a_short_run_where_nothing_is_known(tmp_path, count):
         speed = dict(examples_per_second=NAN, loss=NAN)
         report.add_row(a_row(step, **unknown, **speed))
     for x in ("examples", "updates", "seconds", "epoch"):
-        report.plot(tmp_path / "run.png", x=x)
+        file = tmp_path / f"{x}.png"
+        figure = report.plot(file, x=x)
+        assert file.read_bytes().startswith(b"\x89PNG")
+        sizes = figure.axes[0].lines[-1]
+        assert set(sizes.get_ydata()) == {32}
+        limits = [
+            [*axes.get_xlim(), *axes.get_ylim()] for axes in figure.axes
+        ]
+        assert len(limits) == 4 and np.isfinite(limits).all()
 
 
 @pytest.mark.usefixtures("pyplot_stays_away")
