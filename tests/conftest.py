@@ -21,19 +21,38 @@ os.environ.update(
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def pytest_configure(config):
+    """Registers what `pytest_collection_modifyitems` looks for."""
+    config.addinivalue_line(
+        "markers",
+        "minutes(number): what a file takes on a slow core, if more than a "
+        "few; only the order of the files depends on it",
+    )
+
+
 def pytest_collection_modifyitems(items):
-    """Puts the files with the most slow tests first, then those with the most.
+    """Puts the files that take longest first, as far as that is known.
 
     With `--dist loadfile` each core takes the next file of this order when it
     has done one. A long one that came last would leave the other core idle, and
     the order of pytest-xdist, by the number of tests, puts those last that have
-    few tests and long ones: hence `--no-loadscope-reorder`.
+    few tests and long ones: hence `--no-loadscope-reorder`. Behind the files
+    that say what they take come those with the most slow tests, then those with
+    the most.
     """
-    slow, all_of = collections.Counter(), collections.Counter()
+    minutes, slow = {}, collections.Counter()
+    all_of = collections.Counter(item.path for item in items)
     for item in items:
+        stated = item.get_closest_marker("minutes")
+        minutes[item.path] = stated.args[0] if stated else 0
         slow[item.path] += item.get_closest_marker("slow") is not None
-        all_of[item.path] += 1
-    items.sort(key=lambda item: (-slow[item.path], -all_of[item.path]))
+    items.sort(
+        key=lambda item: (
+            -minutes[item.path],
+            -slow[item.path],
+            -all_of[item.path],
+        )
+    )
 
 
 @pytest.fixture(autouse=True)

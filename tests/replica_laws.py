@@ -98,7 +98,11 @@ def superbatch_of(strategy, batch_size=comparing.BASE):
 
 
 def assert_one_device(strategy, make_model, *data, rtol=RTOL, **arguments):
-    """Compares with plain `fit` on one device, at a fixed batch size."""
+    """Compares with plain `fit` on one device, at a fixed batch size.
+
+    Returns:
+        Two `Trained`, ours and the other one.
+    """
     ours_only = {
         "policy": "fixed",
         "superbatch_size": arguments.pop(
@@ -111,7 +115,7 @@ def assert_one_device(strategy, make_model, *data, rtol=RTOL, **arguments):
     )
     comparing.assert_close(ours, theirs, rtol)
     assert_replicas_agree(ours.model)
-    return ours
+    return ours, theirs
 
 
 def momentum(**options):
@@ -126,10 +130,10 @@ def momentum(**options):
 @law(2, 3)
 def momentum_is_that_of_one_device(strategy):
     """Shuffled; the last update and the last of validation are ragged."""
-    arguments = {"validation_split": 0.3}
-    data = x, y = comparing.regression()
-    ours = assert_one_device(strategy, momentum(), *data, **arguments)
-    theirs = plain(momentum(), *data, **arguments)
+    x, y = comparing.regression()
+    ours, theirs = assert_one_device(
+        strategy, momentum(), x, y, validation_split=0.3
+    )
     np.testing.assert_allclose(
         ours.result.evaluate(x, y, verbose=0),
         theirs.model.evaluate(x, y, verbose=0),
