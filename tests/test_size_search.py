@@ -294,3 +294,17 @@ def test_large_sizes_are_multiples_of_8_and_that_costs_little(size, larger):
     bounds = Bounds(usable_bytes=2 * size)
     assert size_search.next_size(trials, bounds) == (larger, None)
     assert larger > 0.94 * 1.95 * size
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5, 7, 8, 12])
+@pytest.mark.parametrize("size", [84, 840, 8400])
+def test_rounding_costs_little_with_any_number_of_replicas(size, replicas):
+    size -= size % replicas
+    bounds = Bounds(usable_bytes=2 * size, multiple_of=replicas)
+    larger, _ = size_search.next_size([Trial(size, peak_bytes=size)], bounds)
+    assert larger % replicas == 0
+    # One of 16 multiples at most, or one example of each replica.
+    least = min(15 / 16, 1.0 - replicas / (1.95 * size))
+    assert larger >= least * 1.95 * size - 1e-6
+    if size >= 16 * math.lcm(replicas, 8):
+        assert larger % 8 == 0
