@@ -156,9 +156,9 @@ def _known(path, model, limits):
     profile = path and load(path)
     if profile is not None:
         own, _ = meter_for(model).limit()
-        if own is None or limits.memory_limit is not None:
-            own = limits.memory_limit
-        if not still_fits(profile, own, limits.safety_margin):
+        known = [one for one in (own, limits.memory_limit) if one is not None]
+        least = min(known, default=None)
+        if not still_fits(profile, least, limits.safety_margin):
             profile = None
     return shared_by_all(model, profile)
 

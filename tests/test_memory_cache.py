@@ -11,6 +11,7 @@ import keras_batchsize as kb
 from keras_batchsize import _memory_cache
 from keras_batchsize import _memory_key
 from keras_batchsize import memory
+from keras_batchsize._memory_meters import Meter
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 
@@ -164,6 +165,23 @@ def test_what_is_computed_twice_makes_another_model():
 )
 def test_a_profile_holds_where_there_is_the_memory_it_takes(limit, expected):
     assert _memory_cache.still_fits(FOUND, limit, 0.05) == expected
+
+
+def test_a_limit_that_is_given_does_not_hide_what_is_left(probes, monkeypatch):
+    left = [10**9]
+
+    class Emptier(Meter):
+        def limit(self):
+            return left[0], "host memory"
+
+    monkeypatch.setattr(memory, "meter_for", lambda model: Emptier())
+    assert probes(memory_limit=10**8)
+    assert not probes(memory_limit=10**8)
+    # Of 10 bytes the margin leaves less than what was taken.
+    left[0] = 10
+    assert probes(memory_limit=10**8)
+    left[0] = None
+    assert not probes(memory_limit=10**8)
 
 
 def test_a_profile_that_cannot_be_kept_is_not_lost(tmp_path):
