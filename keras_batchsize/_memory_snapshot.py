@@ -63,11 +63,11 @@ class Snapshot:
 
         Before `add_variables` nothing has run, and all are what they were.
         """
-        if self._known and any(
-            id(one) not in self._known for one in self._model.metrics_variables
-        ):
-            # Made by an eager step: new ones start from zero.
-            self._model.reset_metrics()
+        if self._known:
+            for metric in model_state.metrics_of(self._model):
+                if any(id(one) not in self._known for one in metric.variables):
+                    # Made by an eager step: new ones start from zero.
+                    metric.reset_state()
         for component, value in self._values:
             component.assign(value)
 

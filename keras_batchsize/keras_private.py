@@ -118,6 +118,21 @@ def flatten_layers(model):
     return model._flatten_layers(include_self=False)
 
 
+def own_metrics(layer):
+    """Returns the metrics of a layer, without those of layers inside of it.
+
+    Args:
+        layer: A Keras layer or model.
+
+    Returns:
+        List of Keras metrics; of a model also those that it was compiled with,
+        which `Model.metrics` may leave out.
+    """
+    if isinstance(layer, keras.Model):
+        return layer._get_own_metrics()
+    return layer._metrics
+
+
 def predict_for_training(model, x):
     """Calls the model as `Model.train_step` does."""
     if model._call_has_training_arg:

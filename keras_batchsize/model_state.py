@@ -33,6 +33,43 @@ def optimizers_of(model):
     return found
 
 
+def models_inside(model):
+    """Returns the models that a model holds as layers, by what it calls them.
+
+    Each may be compiled by itself, as the discriminator of a GAN is.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        List of pairs of a name and a model.
+    """
+    names = {
+        id(value): name
+        for name, value in keras_private.attributes_of(model).items()
+    }
+    return [
+        (names.get(id(layer), layer.name), layer)
+        for layer in keras_private.flatten_layers(model)
+        if isinstance(layer, keras.Model)
+    ]
+
+
+def metrics_of(model):
+    """Returns all metrics that training may change, each once.
+
+    Not only what the model shows as its metrics: an override may leave out
+    those that Keras's own step updates, and Keras those of models inside.
+
+    Args:
+        model: A Keras model.
+    """
+    everything = [*model.metrics, *keras_private.own_metrics(model)]
+    for layer in keras_private.flatten_layers(model):
+        everything += keras_private.own_metrics(layer)
+    return list({id(one): one for one in everything}.values())
+
+
 def variables_of(model):
     """Returns all variables that training changes, each once.
 
@@ -41,11 +78,14 @@ def variables_of(model):
 
     Returns:
         List of Keras variables: weights, statistics, seeds, metrics, slots, of
-        optimizers of its own, too.
+        optimizers of its own and of models inside of it, too.
     """
-    everything = [*model.variables, *model.metrics_variables]
-    for optimizer in optimizers_of(model).values():
-        everything += optimizer.variables
+    everything = [*model.variables]
+    for metric in metrics_of(model):
+        everything += metric.variables
+    for one in [model, *(inside for _, inside in models_inside(model))]:
+        for optimizer in optimizers_of(one).values():
+            everything += optimizer.variables
     return list({id(one): one for one in everything}.values())
 
 

@@ -170,7 +170,7 @@ def check_optimizers(model, sizes, size_of_the_rate):
     compiled.append(model.optimizer)
     names = sorted(
         name
-        for name, value in model_state.optimizers_of(model).items()
+        for name, value in _optimizers_in_use(model)
         if not any(value is one for one in compiled)
     )
     others = sorted({*sizes} - {size_of_the_rate})
@@ -184,6 +184,21 @@ def check_optimizers(model, sizes, size_of_the_rate):
             'learning_rate_scaling="none" and set their rates yourself, in '
             "`on_epoch_begin` of a callback, say."
         )
+
+
+def _optimizers_in_use(model):
+    """Yields (name, optimizer) of all that the model's step may use.
+
+    Keras's own step leaves alone what models inside are compiled with, as one
+    that was loaded from a file may be; and who freezes one trains it no more.
+    """
+    yield from model_state.optimizers_of(model).items()
+    if type(model).train_step is keras.Model.train_step:
+        return
+    for inside, one in model_state.models_inside(model):
+        if one.trainable:
+            for name, value in model_state.optimizers_of(one).items():
+                yield f"{inside}.{name}", value
 
 
 def check_short(model, make_batch):

@@ -740,11 +740,17 @@ class Several(OwnStep):
             setattr(self, name, value)
 
 
+def small_and_compiled():
+    layers = [keras.Input((1,)), keras.layers.Dense(1)]
+    return compiled(keras.Sequential(layers))
+
+
 HELD = {
     "critic": lambda: {"critic": keras.optimizers.Adam(1e-3)},
     "critics['one']": lambda: {"critics": {"one": keras.optimizers.Adam()}},
     "critics[0]": lambda: {"critics": [keras.optimizers.Adam(1e-3)]},
     "critics[1][0]": lambda: {"critics": (None, [keras.optimizers.Adam()])},
+    "critic.optimizer": lambda: {"critic": small_and_compiled()},
 }
 
 
@@ -778,6 +784,15 @@ def test_what_is_held_twice_or_no_more_is_no_other_optimizer():
     model.critic = None
     model.all = [model.optimizer]
     by_a_fixed_size(model)
+
+
+def test_what_is_compiled_inside_and_not_trained_is_no_other_optimizer():
+    frozen = small_and_compiled()
+    frozen.trainable = False
+    by_a_fixed_size(compiled(Several(critic=frozen)))
+    # Keras's own step uses one optimizer only.
+    layers = [keras.Input((X.shape[1],)), keras.layers.Dense(1)]
+    by_a_fixed_size(compiled(keras.Sequential([*layers, small_and_compiled()])))
 
 
 def test_bounds_that_a_policy_does_not_use_ask_for_no_cutting():

@@ -71,6 +71,7 @@ ATTRIBUTES = {
     "_initial_epoch": "forget_resumption",
     "_input_dataset": "batch_size_of, passes_of and in_order",
     "_flatten_layers": "flatten_layers",
+    "_get_own_metrics": "own_metrics",
     "_inputs": "makes_batches, is_fed_by_python and tensors_of",
     "_keras_history": "fixed_batch_size",
     "_keras_mask": "mask_of",
@@ -80,6 +81,7 @@ ATTRIBUTES = {
     "_loss_tracker": "track_loss and loss_metrics",
     "_map_func": "in_order and is_fed_by_python",
     "_maybe_symbolic_build": "built_from_specs",
+    "_metrics": "own_metrics",
     "_momentums": "velocities",
     "_padded_shapes": "in_order",
     "_padding_values": "in_order",
@@ -743,6 +745,26 @@ def test_flatten_layers_goes_inside():
     outer = keras.Sequential([keras.Input((3,)), inner])
     layers = outer._flatten_layers(include_self=False)
     assert {inner, inner.layers[0]} <= set(layers), user("_flatten_layers")
+
+
+def test_own_metrics_are_those_that_were_given_to_a_layer_itself():
+    class Shown(keras.Sequential):
+        """Shows none of its metrics."""
+
+        @property
+        def metrics(self):
+            return []
+
+    model = Shown([keras.Input((3,)), keras.layers.Dense(1)])
+    model.own = keras.metrics.Mean()
+    model.layers[0].own = keras.metrics.Mean()
+    model.compile("sgd", "mse", metrics=["mae"])
+    own = model._get_own_metrics()
+    assert {model.own, model._loss_tracker} <= {*own}, user("_get_own_metrics")
+    kinds = [type(one).__name__ for one in own]
+    assert kinds.count("CompileMetrics") == 1, user("_get_own_metrics")
+    held = [*model.layers[0]._metrics]
+    assert held == [model.layers[0].own], user("_metrics")
 
 
 def test_eager_seeds_come_from_one_generator():

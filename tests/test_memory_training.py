@@ -18,7 +18,9 @@ from fake_memory import FakeWorkload
 import keras_batchsize as kb
 from keras_batchsize import _memory_compare
 from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
 from keras_batchsize import memory
+from keras_batchsize import model_state
 from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize._memory_examples import read_examples
@@ -505,6 +507,73 @@ def test_all_optimizers_of_a_model_are_put_back():
     assert len(after) == len(before) > 2
     for one, other in zip(before, after):
         np.testing.assert_array_equal(one, other)
+
+
+class ShowsOneMetric(keras.Sequential):
+    """Has Keras's step, but not its metrics: as Keras's docstring does it."""
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        self.shown = keras.metrics.Mean(name="loss")
+
+    @property
+    def metrics(self):
+        return [self.shown]
+
+
+class CompiledInside(keras.Model):
+    """Its second part is compiled by itself, and counts by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = keras.layers.Dense(4)
+        self.other = keras.Sequential([keras.Input((4,))])
+        self.other.add(keras.layers.Dense(1))
+
+    def compile(self, optimizer):
+        super().compile(optimizer)
+        self.other.compile("adam")
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.other(self.one(x)) - y))
+        variables = self.other.trainable_weights
+        gradients = tape.gradient(loss, variables)
+        self.other.optimizer.apply_gradients(zip(gradients, variables))
+        self.other.metrics[0].update_state(loss)
+        return {"loss": loss}
+
+
+def values_of(variables):
+    return [one.numpy().tolist() for one in variables]
+
+
+def shows_one_metric():
+    layers = [keras.Input((comparing.FEATURES,)), keras.layers.Dense(1)]
+    model = compiled(lambda: ShowsOneMetric(layers))()
+    return model, lambda: keras_private.loss_metrics(model)[0].variables
+
+
+def compiled_inside():
+    model = CompiledInside()
+    model.compile("sgd")
+    return model, lambda: [
+        *model.other.optimizer.variables, *model.other.metrics[0].variables
+    ]
+
+
+@pytest.mark.parametrize("make_model", [shows_one_metric, compiled_inside])
+def test_what_a_model_does_not_show_is_put_back(make_model):
+    model, hidden = make_model()
+    data = comparing.regression(64)
+    model.fit(*data, verbose=0)
+    before = values_of(hidden())
+    assert all(map(np.any, before))
+    kb.find_max_batch_size(model, *data, maximum=16)
+    assert values_of(hidden()) == before
+    changed = model_state.variables_of(model)
+    assert {*map(id, hidden())} <= {*map(id, changed)}
 
 
 def test_what_a_step_of_ones_own_takes_is_not_foretold():
