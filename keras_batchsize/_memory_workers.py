@@ -12,6 +12,7 @@ import keras
 from keras_batchsize import distributed
 from keras_batchsize import replicas
 from keras_batchsize._memory_key import spec_of
+from keras_batchsize._memory_meters import meter_for
 from keras_batchsize.workers import Workers
 
 
@@ -19,6 +20,7 @@ def check_alike(model, examples, limits, **facts):
     """Raises on every worker if they are about to probe differently.
 
     Memory may differ, and `memory_limit` with it: the least of all decides.
+    How it is measured may not: of what a worker cannot tell it asks nobody.
 
     Args:
         model: A compiled Keras model.
@@ -32,7 +34,11 @@ def check_alike(model, examples, limits, **facts):
     """
     if replicas.workers(model) == 1:
         return
+    meter = meter_for(model)
     facts = {
+        "measured_by": meter.name,
+        "room_beside": [meter.reserve, meter.lost_bytes, meter.holes],
+        "is_memory_of_the_host": meter.is_shared,
         "examples": examples.count,
         "example": keras.tree.map_structure(spec_of, examples.one),
         "bytes_of_data": examples.data_bytes,

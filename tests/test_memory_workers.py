@@ -14,6 +14,8 @@ import keras_batchsize as kb
 from keras_batchsize import _memory_workers
 from keras_batchsize import memory
 from keras_batchsize import replicas
+from keras_batchsize._memory_meters import AllocatorMeter
+from keras_batchsize._memory_meters import Unmeasured
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.workers import Workers
@@ -80,6 +82,25 @@ def test_what_differs_is_named_before_anything_is_probed(
     with pytest.raises(ValueError, match=told):
         kb.find_max_batch_size(model, *comparing.regression(), maximum=32)
     assert not probed and not model.optimizer.built
+
+
+def test_workers_must_measure_memory_in_one_way(
+    with_another, probed, monkeypatch
+):
+    model = make()
+    meter = AllocatorMeter(["CPU:0"])
+    monkeypatch.setattr(_memory_workers, "meter_for", lambda _: meter)
+    # A worker that cannot measure exchanges fewer numbers than the others.
+    with_another(measured_by=repr(Unmeasured("CPU:0").name))
+    told = "Received: measured_by='allocator statistics' on worker 0, measured"
+    with pytest.raises(ValueError, match=told):
+        kb.find_max_batch_size(model, *comparing.regression())
+    # One measures a GPU, whose allocator has other holes.
+    with_another(is_memory_of_the_host="False")
+    told = "Received: is_memory_of_the_host=True on worker 0, is_m"
+    with pytest.raises(ValueError, match=told):
+        kb.find_max_batch_size(model, *comparing.regression())
+    assert not probed
 
 
 def test_workers_may_have_other_limits_of_memory(with_another, probed):
