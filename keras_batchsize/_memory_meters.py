@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import _memory_host
+from keras_batchsize import exhaustion
 from keras_batchsize import replicas
 
 MEMORY, HOST_MEMORY = "memory", "host memory"
@@ -153,7 +154,7 @@ class AllocatorMeter(Meter):
             return
         # Its shape is told in 32 bits.
         shape = [int(limit - held) // 2**20, 2**20]
-        # oneDNN's allocator has a limit that it tells nobody.
+        # What was there may have been taken meanwhile, or lie in pieces.
         with contextlib.suppress(tf.errors.ResourceExhaustedError):
             with tf.device(self._devices[0]):
                 tf.raw_ops.Empty(shape=shape, dtype=tf.uint8, init=False)
@@ -276,15 +277,28 @@ def allocator_limit(device):
     if kind != "CPU":
         limit = _configured_limit(kind, int(index))
         return limit if limit is not None else _session_limit(device), MEMORY
-    found = []
-    given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
-    megabytes = int(given) if given.isdigit() else _DEFAULT_MEGABYTES
-    found.append((megabytes * 2**20, MEMORY))
+    found, stated = [], _stated_limit_of_cpu()
+    if stated is not None:
+        found.append((stated, MEMORY))
     free = _memory_host.available_bytes()
     if free is not None:
         used = tf.config.experimental.get_memory_info(device)["current"]
         found.append((HOST_SHARE * free + used, HOST_MEMORY))
-    return min(found)
+    return min(found, default=(None, MEMORY))
+
+
+def _stated_limit_of_cpu():
+    """What the allocator that keeps statistics of a CPU was told, or None.
+
+    If it is not TensorFlow's own, it is that of oneDNN, which holds to no more
+    than all the memory that the machine has if nothing is said.
+    """
+    if exhaustion.has_allocator_on_cpu():
+        given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
+        megabytes = int(given) if given.isdigit() else _DEFAULT_MEGABYTES
+        return megabytes * 2**20
+    given = os.environ.get("TF_MKL_ALLOC_MAX_BYTES", "")
+    return int(given) if given.isdigit() else None
 
 
 def _configured_limit(kind, index):

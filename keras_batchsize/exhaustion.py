@@ -47,11 +47,16 @@ def raises_when_exhausted():
     there is, and who takes too much is ended without being asked. Only what
     could never be had is refused, and the first time already.
     """
-    given = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "").lower()
-    return given in ("1", "true") or any(
+    return has_allocator_on_cpu() or any(
         device.device_type != "CPU"
         for device in tf.config.list_logical_devices()
     )
+
+
+def has_allocator_on_cpu():
+    """Whether TensorFlow was told to use its own allocator on CPU."""
+    given = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "")
+    return given.lower() in ("1", "true")
 
 
 def components(variable):

@@ -345,9 +345,38 @@ def test_a_session_tells_what_its_allocators_were_given():
     ],
 )
 def test_limit_of_the_allocator_of_a_cpu(given, free, limit, monkeypatch):
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "true")
     monkeypatch.setenv("TF_CPU_BFC_MEM_LIMIT_IN_MB", given)
     monkeypatch.setattr(_memory_host, "available_bytes", lambda: free)
     monkeypatch.setattr(
         tf.config.experimental, "get_memory_info", of_statistics(7 * MIB)
     )
     assert allocator_limit("CPU:0") == limit
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "free", "limit"),
+    [
+        ("", "100", None, (100, "memory")),
+        ("", "100", 10**12, (100, "memory")),
+        ("false", "100", None, (100, "memory")),
+        ("", "9" * 15, 20 * MIB, (17 * MIB, "host memory")),
+        # As much as the machine has.
+        ("", "", 10**12, (10**12 / 2 + 7 * MIB, "host memory")),
+        ("", "", None, (None, "memory")),
+        # TensorFlow's own comes first.
+        ("TRUE", "100", None, (3 * MIB, "memory")),
+    ],
+)
+def test_limit_of_the_allocator_of_onednn(
+    own, given, free, limit, monkeypatch
+):
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", own)
+    monkeypatch.setenv("TF_CPU_BFC_MEM_LIMIT_IN_MB", "3")
+    monkeypatch.setenv("TF_MKL_ALLOC_MAX_BYTES", given)
+    monkeypatch.setattr(_memory_host, "available_bytes", lambda: free)
+    monkeypatch.setattr(
+        tf.config.experimental, "get_memory_info", of_statistics(7 * MIB)
+    )
+    assert allocator_limit("CPU:0") == limit
+    assert AllocatorMeter(["CPU:0"]).limit() == limit
