@@ -7,6 +7,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _memory_host
 from keras_batchsize import _memory_key
 from keras_batchsize._version import __version__
 from keras_batchsize.batch_profile import BatchProfile
@@ -17,9 +18,12 @@ _VARIABLES = (
     "TF_CPU_ALLOCATOR_USE_BFC",
     "TF_CPU_BFC_MEM_LIMIT_IN_MB",
     "TF_CUDNN_WORKSPACE_LIMIT_IN_MB",
+    "TF_DETERMINISTIC_OPS",
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_FORCE_GPU_ALLOW_GROWTH",
     "TF_GPU_ALLOCATOR",
+    "TF_MKL_ALLOC_MAX_BYTES",
+    "TF_ONEDNN_USE_SYSTEM_ALLOCATOR",
     "TF_XLA_FLAGS",
     "XLA_FLAGS",
 )
@@ -94,6 +98,7 @@ def _details():
     devices = tf.config.list_physical_devices()
     gpus = [one for one in devices if one.device_type == "GPU"]
     return [
+        _memory_host.processor(),
         [tf.config.experimental.get_device_details(one) for one in gpus],
         [tf.config.experimental.get_memory_growth(one) for one in gpus],
         [

@@ -1,4 +1,4 @@
-"""What the operating system says about memory, in bytes.
+"""What the operating system says about memory, in bytes, and about its CPU.
 
 Linux tells through /proc and the control group, other systems little. What
 cannot be told is None.
@@ -6,12 +6,15 @@ cannot be told is None.
 
 import ctypes
 import gc
+import os
 import pathlib
+import platform
 import re
 
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _MEMINFO = pathlib.Path("/proc/meminfo")
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
 _OWN_GROUPS = pathlib.Path("/proc/self/cgroup")
 # Control groups, version 2 and 1: folder, limit, usage, and what of the usage
 # the system gives back first.
@@ -28,7 +31,7 @@ _GROUPS = (
 
 def _read(path):
     try:
-        return pathlib.Path(path).read_text(encoding="ascii")
+        return pathlib.Path(path).read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""
 
@@ -36,6 +39,14 @@ def _read(path):
 def _kilobytes(name, text):
     found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return int(found.group(1)) * 1024 if found else None
+
+
+def processor():
+    """Returns the name of the CPU, and how many of its cores may be used."""
+    found = re.search(r"^model name\s*:(.*)$", _read(_CPUINFO), re.MULTILINE)
+    name = found.group(1) if found else platform.processor()
+    usable = getattr(os, "sched_getaffinity", None)
+    return name.strip(), os.cpu_count() if usable is None else len(usable(0))
 
 
 def resident_bytes():

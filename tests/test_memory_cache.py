@@ -1,6 +1,8 @@
 """Kept profiles: what makes a model another one, and what does not."""
 
 import functools
+import os
+import platform
 
 import keras
 import numpy as np
@@ -9,6 +11,7 @@ import tensorflow as tf
 
 import keras_batchsize as kb
 from keras_batchsize import _memory_cache
+from keras_batchsize import _memory_host
 from keras_batchsize import _memory_key
 from keras_batchsize import memory
 from keras_batchsize._memory_meters import Meter
@@ -364,6 +367,7 @@ def test_limits_and_data_are_told_apart(probes, arguments):
         ("TF_CPU_BFC_MEM_LIMIT_IN_MB", "500"),
         ("TF_GPU_ALLOCATOR", "cuda_malloc_async"),
         ("TF_FORCE_GPU_ALLOW_GROWTH", "true"),
+        ("TF_MKL_ALLOC_MAX_BYTES", "100000000"),
         ("XLA_FLAGS", ""),
     ],
 )
@@ -375,6 +379,25 @@ def test_allocators_are_told_apart_by_the_environment(
     monkeypatch.setenv(name, value)
     assert probes()
     assert not probes()
+
+
+def test_processors_are_told_apart(probes, tmp_path, monkeypatch):
+    file = tmp_path.parent / f"{tmp_path.name} cpuinfo"
+    monkeypatch.setattr(_memory_host, "_CPUINFO", file)
+    file.write_text("processor : 0\nmodel name\t: A CPU @ 2 GHz\nflags : fpu")
+    for usable in ({0}, {0, 1}):
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda _: usable, raising=False
+        )
+        assert probes()
+        assert not probes()
+    assert _memory_host.processor() == ("A CPU @ 2 GHz", 2)
+    file.write_text("model name\t: Another\n")
+    assert probes()
+    file.unlink()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert _memory_host.processor() == (platform.processor(), 3)
 
 
 def test_limits_of_logical_devices_are_told_apart(probes, monkeypatch):
