@@ -1,7 +1,5 @@
 """`MemoryProbe`: finds out what fits, at the start of a training."""
 
-import math
-
 import keras
 
 from keras_batchsize import memory
@@ -80,17 +78,19 @@ class MemoryProbe(keras.callbacks.Callback):
         limits = self._limits(
             max(controller.superbatch_size, controller.ladder.base)
         )
-        examples = Examples(data, self._examples_per_epoch(limits.maximum))
+        examples = self._examples(data, limits.maximum)
         memory.check_alike(self.model, examples, limits)
         self.profile = memory.probe(self.model, examples, limits)
         # Measured just now: it may raise the limit of an earlier `fit`.
         controller.expect(self.profile, is_new=True)
 
-    def _examples_per_epoch(self, maximum):
-        """Returns how many there are, infinity if not known.
+    def _examples(self, data, maximum):
+        """Returns the `Examples`.
 
-        Nor where there are fewer than the largest size: they are not what ends
-        the probe, as batches may be larger than an epoch.
+        Fewer than the largest size are taken for an unknown number: they are
+        not what ends the probe, as batches may be larger than an epoch.
         """
-        known = train_function_of(self.model).steps.examples or 0
-        return known if known >= maximum else math.inf
+        steps = train_function_of(self.model).steps
+        if (steps.examples or 0) < maximum:
+            return Examples(data)
+        return Examples(data, steps.examples, fewer=steps.fewer)

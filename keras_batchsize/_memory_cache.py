@@ -79,7 +79,7 @@ def path_of(folder, model, examples, limits, isolation, device, accumulates):
             "data": str(
                 keras.tree.map_structure(_memory_key.spec_of, examples.one)
             ),
-            "examples": [examples.count, examples.bytes_each],
+            "examples": [examples.count, examples.fewer, examples.bytes_each],
             "data_bytes": examples.data_bytes,
             "limits": vars(limits),
             "isolation": bool(isolation),

@@ -315,10 +315,9 @@ class Course:
 
     def _finish_epoch(self, trial):
         """Runs all else that happens at a size; returns what its trial says."""
-        size, workload, tail = trial.batch_size, self._workload, 0
+        size, workload = trial.batch_size, self._workload
+        tail = self._examples.tail(size)
         self._finished.add(size)
-        if math.isfinite(self._examples.count):
-            tail = int(self._examples.count) % size
 
         def run():
             peaks, rare, other, seconds = workload.finish_epoch(size, tail)

@@ -14,11 +14,14 @@ import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
-from keras_batchsize.superbatches import can_be_joined
 from keras_batchsize.superbatches import make_superbatches
+from keras_batchsize.superbatches import told_of
 
-# Read so many. Memory does not depend on what is in them.
-_POOL = 64
+# Of so many batches are made, or fewer where they are large: they lie in memory
+# as long as a probe lasts. What a step takes does not depend on what is in them.
+_MOST, _FEWEST, _MOST_BYTES = 64, 8, 2**26
+# Not on an accelerator, where what they take would not be the step's.
+_HOST = "CPU:0"
 
 
 class Examples:
@@ -29,18 +32,21 @@ class Examples:
         count: Number of examples in the data, infinite if not known.
         data_bytes: Bytes of the arrays that `fit` copies, 0 for data that it
             reads piece by piece.
+        fewer: By how many examples the data may hold less than `count`.
     """
 
-    def __init__(self, batch, count=math.inf, data_bytes=0):
-        self._batch = _longest_first(batch)
+    def __init__(self, batch, count=math.inf, data_bytes=0, fewer=0):
+        with tf.device(_HOST):
+            self._batch = _longest_first(batch)
         self.count = count
         self.data_bytes = data_bytes
+        self.fewer = fewer
         self.size = slicing.number_of_examples(self._batch)
 
     @property
     def one(self):
         """A batch of one example."""
-        return slicing.examples(self._batch, 0, 1)
+        return self.few(1)
 
     def few(self, size):
         """Returns the first few of the examples.
@@ -48,7 +54,23 @@ class Examples:
         Args:
             size: Integer, how many at most.
         """
-        return slicing.examples(self._batch, 0, min(size, self.size))
+        with tf.device(_HOST):
+            return slicing.examples(self._batch, 0, min(size, self.size))
+
+    def tail(self, size):
+        """Returns how many examples the last batch of an epoch holds, or 0.
+
+        Where that is not sure, the most that it may hold: of batches that are
+        not whole the largest needs the most memory.
+
+        Args:
+            size: Integer, examples in the other batches.
+        """
+        if math.isinf(self.count) and not self.fewer:
+            return 0
+        if math.isfinite(self.count) and self.count % size >= self.fewer:
+            return int(self.count) % size
+        return size - 1  # Of so many counts one leaves that.
 
     @property
     def bytes_each(self):
@@ -59,12 +81,27 @@ class Examples:
             if leaf is not None and leaf.shape.num_elements() is not None
         )
 
+    @property
+    def bytes_in_all(self):
+        """Bytes of all examples as they are read; 0 if that is not known."""
+        is_dense = all(
+            leaf is None or isinstance(leaf, tf.Tensor)
+            for leaf in keras.tree.flatten(self._batch)
+        )
+        if not is_dense or math.isinf(self.count):
+            return 0
+        return int(self.count) * self.bytes_each
+
     def batch(self, size):
         """Returns a batch in which the examples repeat.
 
         Args:
             size: Integer, examples in it.
         """
+        with tf.device(_HOST):
+            return self._repeated(size)
+
+    def _repeated(self, size):
         if any(
             isinstance(leaf, tf.SparseTensor)
             for leaf in keras.tree.flatten(self._batch)
@@ -92,7 +129,7 @@ class Examples:
         options = tf.data.Options()
         options.experimental_optimization.map_parallelization = False
         options.autotune.enabled = False
-        return numbers.map(lambda _: self.batch(size)).with_options(options)
+        return numbers.map(lambda _: self._repeated(size)).with_options(options)
 
 
 def _repeated_sparse(batch, size, available):
@@ -144,13 +181,31 @@ def read_examples(model, x, y=None, sample_weight=None):
         given = keras_private.in_order(x)
     elif isinstance(x, keras.utils.PyDataset):
         given = _WithoutWorkers(x)
-    size = _POOL if can_be_joined(model, given) else None
+    told = told_of(model, given)
+    given_bytes = slicing.bytes_of((x, y, sample_weight))
+    size = _kept(told.bytes_each or given_bytes / (told.examples or 1))
+    if told.varies:
+        size = None  # Batches that cannot be joined.
     superbatches = make_superbatches(
         *(model, given, y, sample_weight),
         batch_size=size,
         superbatch_size=size,
         shuffle=False,
     )
+    examples = _examples_of(superbatches, x)
+    if told.batch_size is None:  # Arrays, of which `fit` makes a copy.
+        examples.data_bytes = max(given_bytes, examples.bytes_in_all)
+    return examples
+
+
+def _kept(bytes_each):
+    """How many examples to keep, by the bytes of one, 0 if not known."""
+    most = _MOST_BYTES // bytes_each if bytes_each else _MOST
+    return max(_FEWEST, min(_MOST, int(most)))
+
+
+def _examples_of(superbatches, x):
+    """Returns the `Examples` of the first superbatch."""
     # The replicas get their shares when a batch is made.
     first = superbatches.first()
     if first is None:
@@ -159,15 +214,26 @@ def read_examples(model, x, y=None, sample_weight=None):
             f"Received: x of type {type(x).__name__} that gives none. Pass "
             "the data that you train on."
         )
-    count = superbatches.examples_per_epoch
+    count, fewer = superbatches.examples_per_epoch, superbatches.fewer
+    if count is None:
+        count, fewer = math.inf, math.inf if _ends_somewhere(x) else 0
     first = slicing.without_optionals(first)
-    examples = Examples(
-        superbatches.examples(first, 0, slicing.number_of_examples(first)),
-        math.inf if count is None else count,
-    )
-    if not is_dataset and superbatches.num_batches is not None:
-        examples.data_bytes = slicing.bytes_of((x, y, sample_weight))
+    number = slicing.number_of_examples(first)
+    with tf.device(_HOST):
+        batch = superbatches.examples(first, 0, number)
+    examples = Examples(batch, count, fewer=fewer)
+    number = _kept(examples.bytes_each)
+    if examples.size > number:
+        examples = Examples(examples.few(number), count, fewer=fewer)
     return examples
+
+
+def _ends_somewhere(x):
+    """Whether data end, though nobody knows where."""
+    return (
+        isinstance(x, tf.data.Dataset)
+        and int(x.cardinality()) == tf.data.UNKNOWN_CARDINALITY
+    )
 
 
 class _WithoutWorkers(keras.utils.PyDataset):

@@ -71,6 +71,7 @@ def probe_in_process(model, examples, limits, accumulates):
         "limits": vars(limits) | {"maximum": _finite(limits.maximum)},
         "accumulates": accumulates,
         "count": _finite(examples.count),
+        "fewer": _finite(examples.fewer),
         "data_bytes": examples.data_bytes,
         "floatx": keras.config.floatx(),
         "image_data_format": keras.config.image_data_format(),

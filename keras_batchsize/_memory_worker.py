@@ -91,12 +91,16 @@ def _examples(folder, request):
             else None
             for part in request["data"]
         ]
-    count = math.inf if request["count"] is None else request["count"]
+    count, fewer = (
+        math.inf if request[name] is None else request[name]
+        for name in ("count", "fewer")
+    )
     batch = keras.utils.pack_x_y_sample_weight(*parts)
     return Examples(
         batch if isinstance(batch, tuple) else (batch,),
         count,
         request["data_bytes"],
+        fewer,
     )
 
 

@@ -40,6 +40,7 @@ def check_alike(model, examples, limits, **facts):
         "room_beside": [meter.reserve, meter.lost_bytes, meter.holes],
         "is_memory_of_the_host": meter.is_shared,
         "examples": examples.count,
+        "or_fewer_by": examples.fewer,
         "example": keras.tree.map_structure(spec_of, examples.one),
         "bytes_of_data": examples.data_bytes,
         **vars(limits),

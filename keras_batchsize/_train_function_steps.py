@@ -15,6 +15,7 @@ class EpochSteps:
         takes_the_rest: Whether the last one takes all that is left, as the
             number is a guess: Keras would leave the rest of the data out.
         examples: Examples in all of them, None if not known.
+        fewer: By how many examples there may be less.
     """
 
     def __init__(self, number):
@@ -22,6 +23,7 @@ class EpochSteps:
         self.done = 0
         self.takes_the_rest = False
         self.examples = None
+        self.fewer = 0
 
     def end_of_call(self, at_once):
         """Returns how many are done when Keras's next call ends.

@@ -28,6 +28,7 @@ class TrainerBatchSize(DynamicBatchSize):
         self._kept_steps = kept_steps
         self._takes_the_rest = superbatches.may_hold_more
         self._examples_per_epoch = superbatches.examples_per_epoch
+        self._fewer = superbatches.fewer
         self.examples = superbatches.examples
         self._controller = controller
 

@@ -83,8 +83,9 @@ class DynamicBatchSize(keras.callbacks.Callback):
     # Whether the last step of an epoch takes all that is left.
     _takes_the_rest = False
     # Where another callback saves backups, and how many examples an epoch has,
-    # if that is known.
+    # if that is known; and by how many it may have fewer.
     _backup_dir = _examples_per_epoch = None
+    _fewer = 0
 
     def __init__(
         self,
@@ -182,6 +183,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         function.on_epoch_end = self.on_epoch_end
         function.steps.takes_the_rest = self._takes_the_rest
         function.steps.examples = self._examples_per_epoch
+        function.steps.fewer = self._fewer
         function.backup_dir = self._backup_dir
         self.report = Report()
         function.on_superbatch.append(self.report.add_row)

@@ -1,6 +1,7 @@
 """Cutting nested batches of examples along their first axis."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -186,11 +187,16 @@ def bytes_of(data):
     Args:
         data: Nested structure of them, or of None.
     """
-    return sum(
-        int(getattr(leaf, "nbytes", 0))
-        for leaf in keras.tree.flatten(data)
-        if leaf is not None and not callable(getattr(leaf, "nbytes", 0))
-    )
+    return sum(map(_bytes_of_leaf, keras.tree.flatten(data)))
+
+
+def _bytes_of_leaf(leaf):
+    usage = getattr(leaf, "memory_usage", None)
+    if callable(usage):
+        # Of pandas. A column of a frame may have any name, "nbytes" too.
+        return int(np.sum(usage(index=False)))
+    told = getattr(leaf, "nbytes", 0)
+    return 0 if callable(told) else int(told)
 
 
 def batch_spec(leaf):

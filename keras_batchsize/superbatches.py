@@ -200,6 +200,14 @@ class Superbatches(keras_private.DataAdapter):
         return self._bounds and self._bounds[1] * (self._copies or 1)
 
     @property
+    def fewer(self):
+        """By how many examples an epoch may be less than is told."""
+        if self._has_steps or self._bounds is None:
+            return 0
+        least, most = self._bounds
+        return math.inf if self._is_guess else (most - least) * (self._copies or 1)
+
+    @property
     def batch_size(self):
         """Examples in a superbatch."""
         return self.superbatch_size
@@ -283,14 +291,14 @@ def _cut_to(data, size, epoch, steps_per_epoch):
     return [size] if steps_per_epoch is None else _sizes.of_epoch(size, epoch)
 
 
-def can_be_joined(model, x):
-    """Whether superbatches may be larger than the batches of the data.
+def told_of(model, x):
+    """Returns what can be told of an input of `fit`, a `Batched`.
 
     Args:
         model: The Keras model.
         x: As in `Model.fit`, of a kind that can be read more than once.
     """
-    return not batched(x, None, None, model, None).varies
+    return batched(x, None, None, model, None)
 
 
 def _dealt_out_already(model, x, batch_size, steps_per_epoch):

@@ -1,7 +1,9 @@
 """What a probe reads of the data, and data whose sizes no graph tells."""
 
 import random
+import sys
 import threading
+import types
 
 import comparing
 import keras
@@ -14,7 +16,9 @@ from fake_memory import FakeMeter
 from fake_memory import FakeWorkload
 
 import keras_batchsize as kb
+from keras_batchsize import _memory_examples
 from keras_batchsize import memory
+from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_forward import forward_of
 
@@ -120,6 +124,144 @@ def test_reading_leaves_no_worker_behind():
     examples = read_examples(model, ReadByWorkers())
     assert threading.active_count() == before
     assert (examples.size, examples.count) == (64, 320)
+
+
+def torch_or_something_like_it(monkeypatch):
+    """Returns torch, or what it is asked for here."""
+    try:
+        import torch
+    except ImportError:
+        state, torch = random.Random(0), types.ModuleType("torch")
+        torch.get_rng_state, torch.set_rng_state = (
+            state.getstate,
+            state.setstate,
+        )
+        torch.rand = lambda _: state.random()
+        monkeypatch.setitem(sys.modules, "torch", torch)
+    return torch
+
+
+def test_reading_leaves_the_random_state_of_torch(monkeypatch):
+    torch = torch_or_something_like_it(monkeypatch)
+
+    class Random(ReadByWorkers):
+        """Draws from torch, as its `DataLoader` does when it is read."""
+
+        def __getitem__(self, index):
+            drawn.append(float(torch.rand(1)))
+            return super().__getitem__(index)
+
+    drawn = []
+    model, _ = single(tf.zeros([1, 1]))
+    state = torch.get_rng_state()
+    expected = float(torch.rand(1))
+    torch.set_rng_state(state)
+    kb.find_max_batch_size(model, Random(), maximum=8)
+    assert drawn and float(torch.rand(1)) == expected
+
+
+# How many examples there are.
+
+
+@pytest.mark.parametrize("size", [1, 7, 32])
+@pytest.mark.parametrize("fewer", [0, 1, 6, 7, 31, 32, 100])
+def test_where_the_number_is_not_sure_the_largest_rest_counts(size, fewer):
+    for count in range(100, 140):
+        examples = Examples(tf.zeros([2, 1]), count, fewer=fewer)
+        rests = [n % size for n in range(count - fewer, count + 1)]
+        assert examples.tail(size) == max(rests)
+
+
+COUNTED = {
+    "arrays": (lambda x: x, 4),
+    "examples": (lambda x: sliced(x), 4),
+    # 97 to 128, or 97 to 104.
+    "batches": (lambda x: sliced(x).batch(32), 31),
+    "small batches": (lambda x: sliced(x).batch(8), 8),
+    "some": (lambda x: sliced(x).batch(32).filter(lambda x, y: True), 31),
+    "no end": (lambda x: sliced(x).batch(32).repeat(), 0),
+    "a guess": (lambda x: ReadByWorkers(), 31),
+}
+
+
+def sliced(x):
+    return tf.data.Dataset.from_tensor_slices((x, x))
+
+
+@pytest.mark.parametrize(("make_data", "tail"), COUNTED.values(), ids=COUNTED)
+def test_the_ragged_batch_is_run_of_any_data(make_data, tail, monkeypatch):
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    x = np.zeros((100, 1), "float32")
+    model, _ = single(x)
+    data = make_data(x)
+    examples = read_examples(model, data, x if data is x else None)
+    meter, limits = FakeMeter(limit=None), memory.Limits(maximum=32)
+    profile = memory.probe(model, examples, limits, True, meter)
+    assert profile.max_batch_size == 32
+    tails = [size for what, size in meter.ran if what == "tail"]
+    assert {*tails} == {tail} - {0}
+
+
+# How many are kept, and what they take.
+
+KINDS = {
+    "arrays": lambda x: x,
+    "examples": sliced,
+    "batches": lambda x: sliced(x).batch(20),
+    "other batches": lambda x: sliced(x).batch(20).map(forgetting),
+    "py": lambda x: keras_data(x),
+}
+
+
+def forgetting(x, y):
+    """Leaves it open what shape the examples have."""
+    return tf.ensure_shape(x, [None, None]), y
+
+
+def keras_data(x):
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            batch = x[20 * index :][:20]
+            return batch, batch
+
+    return Data()
+
+
+@pytest.mark.parametrize("make_data", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("most_bytes", "size"), [(None, 64), (8 * 15, 15), (8, 8)]
+)
+def test_of_large_examples_few_are_kept(
+    make_data, most_bytes, size, monkeypatch
+):
+    # Of two floats each.
+    if most_bytes is not None:
+        monkeypatch.setattr(_memory_examples, "_MOST_BYTES", most_bytes)
+    x = np.arange(80, dtype="float32")[:, None]
+    model, _ = single(x)
+    data = make_data(x)
+    read = read_examples(model, data, x if data is x else None)
+    if most_bytes is None and make_data is KINDS["other batches"]:
+        size = 20  # They cannot be joined.
+    assert read.size == size
+    kept = read.batch(size)[0].numpy().ravel().tolist()
+    assert kept == x.ravel().tolist()[:size]
+
+
+def test_frames_are_counted_as_fit_copies_them():
+    pandas = pytest.importorskip("pandas")
+    x, y = comparing.regression(64)
+    model = compiled(dense)()
+    frame = pandas.DataFrame(x, columns=["nbytes", *"abcd"])
+    assert read_examples(model, frame, y).data_bytes == x.nbytes + y.nbytes
+    # What is smaller is copied as what is larger.
+    frame["a"] = (10 * frame["a"]).astype("int8")
+    assert read_examples(model, frame, y).data_bytes == x.nbytes + y.nbytes
+    frame = frame.astype("float64")
+    assert read_examples(model, frame, y).data_bytes >= x.nbytes + y.nbytes
 
 
 def test_no_graph_tells_the_sizes_of_ragged_tensors():

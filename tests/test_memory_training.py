@@ -77,10 +77,17 @@ def test_callback_makes_larger_batches_of_smaller_passes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("examples", "tails"), [(128, set()), (134, {6}), (20, set())]
+    ("examples", "batched", "tails"),
+    [
+        (128, False, set()),
+        (134, False, {6}),
+        (20, False, set()),
+        # Up to 128, as far as anybody knows.
+        (121, True, {31}),
+    ],
 )
 def test_callback_runs_the_ragged_batch_of_an_epoch(
-    examples, tails, monkeypatch
+    examples, batched, tails, monkeypatch
 ):
     meter = FakeMeter(None)
     monkeypatch.setattr(memory, "meter_for", lambda model: meter)
@@ -90,6 +97,8 @@ def test_callback_runs_the_ragged_batch_of_an_epoch(
     )
     probe = kb.MemoryProbe()
     data = comparing.regression(examples)
+    if batched:
+        data = [tf.data.Dataset.from_tensor_slices(data).batch(8)]
     trainer.fit(*data, batch_size=8, verbose=0, callbacks=[probe])
     assert probe.profile.max_batch_size == 32
     # Not by fewer data, should there be less than a superbatch of them.
