@@ -6,6 +6,7 @@ was edited. Names of files and numbers of lines do not count.
 """
 
 import inspect
+import sys
 import types
 
 # These change with their versions, not with what the user writes.
@@ -31,22 +32,25 @@ def is_own(thing):
     return module.partition(".")[0] not in _LIBRARIES
 
 
-def of_class(kind, describe):
+def of_class(kind, describe, known=None):
     """Returns what the own parts of a class do, as JSON values.
 
     Args:
         kind: A class.
         describe: Function from what its functions hold to JSON values.
+        known: List of what is described already, which grows.
     """
+    known = [] if known is None else known
+    known.append(kind)
     found = []
     for one in filter(is_own, kind.__mro__):
         found.append(one.__qualname__)
         for name, value in sorted(vars(one).items()):
             function = _function_in(value)
             if function is not None:
-                found.append([name, of_function(function, describe)])
-            elif isinstance(value, PLAIN) and not name.startswith("__"):
-                found.append([name, repr(value)])
+                found.append([name, of_function(function, describe, known)])
+            elif _is_plain(value) and not name.startswith("__"):
+                found.append([name, _constant(value)])
     return found
 
 
@@ -73,32 +77,69 @@ def names_used(kind):
     }
 
 
-def of_function(function, describe, known=()):
+def of_function(function, describe, known=None):
     """Returns what a function does, as JSON values.
 
     Args:
         function: A function.
         describe: Function from what it holds, by default or from where it
             was made, to JSON values.
-        known: Functions that are described already: it may call itself.
+        known: List of what is described already, which grows: it may call
+            itself.
     """
-    known = (*known, function)
+    known = [] if known is None else known
+    if function in known:
+        return known.index(function)
+    known.append(function)
     found = [_lines(function.__code__)]
     # Constants and helpers of its module, which it uses by name.
     for code in _codes(function.__code__):
-        for name in code.co_names:
-            value = function.__globals__.get(name)
-            if isinstance(value, types.FunctionType) and is_own(value):
-                if value not in known:
-                    found.append([name, of_function(value, describe, known)])
-            elif isinstance(value, PLAIN) and value is not None:
-                found.append([name, repr(value)])
+        found += _named(code.co_names, function.__globals__, describe, known)
     for name, value in _held(function):
-        if not isinstance(value, types.FunctionType):
-            found.append([name, describe(value)])
-        elif value not in known:
+        if isinstance(value, types.FunctionType):
             found.append([name, of_function(value, describe, known)])
+        else:
+            found.append([name, describe(value)])
     return found
+
+
+def _named(names, held, describe, known):
+    """Returns what names stand for in a module, as far as code may use them.
+
+    Of objects other than constants, functions, classes and modules nothing is
+    told: whoever changes these needs a new folder.
+    """
+    found = []
+    for name in names:
+        value = held.get(name)
+        if isinstance(value, types.FunctionType) and is_own(value):
+            found.append([name, of_function(value, describe, known)])
+        elif isinstance(value, type) and _is_users(value.__module__):
+            if value not in known:
+                found.append([name, of_class(value, describe, known)])
+        elif isinstance(value, types.ModuleType):
+            if _is_users(value.__name__) and vars(value) is not held:
+                used = [one for one in names if one != name]
+                used = _named(used, vars(value), describe, known)
+                found.append([name, used])
+        elif value is not None and _is_plain(value):
+            found.append([name, _constant(value)])
+    return found
+
+
+def _is_users(module):
+    top = module.partition(".")[0]
+    return top not in _LIBRARIES and top not in sys.stdlib_module_names
+
+
+def _is_plain(value, depth=8):
+    """Whether a value is all that its text says."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (tuple, list, set, frozenset)):
+        # One that contains itself has no end.
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in value)
+    return isinstance(value, PLAIN)
 
 
 def _function_in(value):
@@ -140,6 +181,6 @@ def _lines(code):
 def _constant(value):
     if isinstance(value, types.CodeType):
         return _lines(value)
-    if isinstance(value, frozenset):
+    if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     return repr(value)

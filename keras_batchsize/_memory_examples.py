@@ -18,7 +18,7 @@ from keras_batchsize.superbatches import make_superbatches
 from keras_batchsize.superbatches import told_of
 
 # Of so many batches are made, or fewer where they are large: they lie in memory
-# as long as a probe lasts. What a step takes does not depend on what is in them.
+# as long as a probe lasts. What a step takes does not depend on their values.
 _MOST, _FEWEST, _MOST_BYTES = 64, 8, 2**26
 # Not on an accelerator, where what they take would not be the step's.
 _HOST = "CPU:0"

@@ -205,7 +205,8 @@ class Superbatches(keras_private.DataAdapter):
         if self._has_steps or self._bounds is None:
             return 0
         least, most = self._bounds
-        return math.inf if self._is_guess else (most - least) * (self._copies or 1)
+        apart = math.inf if self._is_guess else most - least
+        return apart * (self._copies or 1)
 
     @property
     def batch_size(self):

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import types
 
 import keras
 import numpy as np
@@ -292,6 +293,88 @@ def test_classes_of_one_name_are_told_by_their_code():
         return digest(model)
 
     assert of(2) == of(2) != of(3)
+
+
+# What own code refers to.
+
+
+def own_module(source):
+    """Returns a module of the user's, from its text."""
+    module = types.ModuleType("own")
+    vars(module).update(keras=keras)
+    exec(source, vars(module))
+    return module
+
+
+def digest_with(expression, scales="None", **held):
+    """Returns the digest of a model whose own layer computes something.
+
+    Args:
+        expression: What it returns, by `x`.
+        scales: Its class attribute SCALES, as text.
+        **held: What else is in its module.
+    """
+    module = own_module("")
+    vars(module).update(held)
+    source = (
+        "class Own(keras.layers.Layer):\n"
+        f"    SCALES = {scales}\n"
+        f"    def call(self, x):\n        return {expression}\n"
+    )
+    exec(source, vars(module))
+    model = keras.Sequential([keras.Input((3,)), module.Own()])
+    model.compile("sgd", "mse")
+    return digest(model)
+
+
+def heavy(times):
+    return {"own": own_module(f"def heavy(x):\n    return x * {times}")}
+
+
+def config(scales):
+    source = (
+        "class Config:\n"
+        f"    SCALES = {scales}\n"
+        "    def all(self):\n        return Config.SCALES\n"
+    )
+    return {"Config": own_module(source).Config}
+
+
+EDITED = {
+    "tuple": ("x * len(S)", {"S": (1, 2)}, {"S": (1, 2, 4, 8)}),
+    "lists": ("x * len(S)", {"S": [[1], [2]]}, {"S": [[1], [3]]}),
+    "dict": ("x * len(S)", {"S": {"a": (1, 2)}}, {"S": {"a": (1, 3)}}),
+    "set": ("x * len(S)", {"S": {1, 2}}, {"S": {1, 2, 3}}),
+    "class": ("x * len(Config.SCALES)", config((1, 2)), config((1, 2, 4))),
+    "module": ("own.heavy(x)", heavy(2), heavy(3)),
+    "attribute": (
+        "x * len(self.SCALES)", {"scales": (1, 2)}, {"scales": (1, 2, 4)}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("expression", "one", "other"), EDITED.values(), ids=EDITED
+)
+def test_what_code_refers_to_makes_another_model(expression, one, other):
+    first = digest_with(expression, **one)
+    assert digest_with(expression, **one) == first
+    assert digest_with(expression, **other) != first
+
+
+def test_code_that_refers_to_itself_is_described_once():
+    source = (
+        "def down(n):\n    return again(n)\n"
+        "def again(n):\n    return n and Own.times(down, n - 1) or ALL\n"
+        "ALL = [down]\n"
+        "ALL.append(ALL)\n"
+        "class Own:\n    times = staticmethod(lambda f, n: Own and f(n))\n"
+    )
+    first, second = (
+        digest_with("x if own.again(0) else x", own=own_module(source))
+        for _ in range(2)
+    )
+    assert first == second
 
 
 def test_a_description_is_the_same_in_another_process(run_python):
