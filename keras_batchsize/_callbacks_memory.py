@@ -14,8 +14,9 @@ class MemoryProbe(keras.callbacks.Callback):
     To be used beside a `DynamicBatchSize` or an `AdaptiveTrainer`. No pass
     through the model then holds more examples than the probe found to fit;
     larger batches are summed up from such passes. The policy starts from the
-    step times that the probe measured. The ragged last batch of an epoch is
-    run where the length of an epoch is known, which only a trainer tells.
+    step times that the probe measured. The base size is tried first. The
+    ragged last batch of an epoch is run where the length of an epoch is known,
+    which only a trainer tells.
 
     ```python
     model.fit(x, y, batch_size=2048, callbacks=[
@@ -48,8 +49,9 @@ class MemoryProbe(keras.callbacks.Callback):
         self.profile = None
         self._limits()
 
-    def _limits(self, maximum=None):
+    def _limits(self, start=1, maximum=None):
         return Limits(
+            start=start,
             maximum=maximum,
             memory_limit=self.memory_limit,
             safety_margin=self.safety_margin,
@@ -75,12 +77,12 @@ class MemoryProbe(keras.callbacks.Callback):
             function.on_first_superbatch = self._probe
 
     def _probe(self, data, controller):
-        limits = self._limits(
-            max(controller.superbatch_size, controller.ladder.base)
-        )
+        base = controller.ladder.base
+        limits = self._limits(base, max(controller.superbatch_size, base))
         examples = self._examples(data, limits.maximum)
         memory.check_alike(self.model, examples, limits)
         self.profile = memory.probe(self.model, examples, limits)
+        memory.warn_of_early_end(self.profile)
         # Measured just now: it may raise the limit of an earlier `fit`.
         controller.expect(self.profile, is_new=True)
 

@@ -191,6 +191,7 @@ def read_examples(model, x, y=None, sample_weight=None):
         batch_size=size,
         superbatch_size=size,
         shuffle=False,
+        fewest=1,
     )
     examples = _examples_of(superbatches, x)
     if told.batch_size is None:  # Arrays, of which `fit` makes a copy.
@@ -302,6 +303,6 @@ def _check_readable_twice(x):
             "`x` must be data that can be read more than once: what a probe "
             "reads would be missing in the training that follows. Received: "
             f"x of type {type(x).__name__}. Pass arrays, a `tf.data.Dataset` "
-            "or a `PyDataset`; or the first batch: "
-            "kb.find_max_batch_size(model, *next(x))."
+            "or a `PyDataset`; or repeat the first batch: "
+            "tf.data.Dataset.from_tensors(next(x)).repeat()."
         )

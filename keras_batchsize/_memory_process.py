@@ -138,6 +138,7 @@ def _handed_over(model):
     ]
     if own:
         _refuse(f"{type(own[0]).__name__} is defined in __main__")
+    _check_built_alike(model)
     try:
         config = keras.saving.serialize_keras_object(model)
         json.dumps([config, model.get_compile_config()])
@@ -146,6 +147,26 @@ def _handed_over(model):
     if "__lambda__" in json.dumps(config):
         _refuse("a Lambda layer holds a function that has no name")
     return config
+
+
+def _check_built_alike(model):
+    """Refuses what Keras leaves out without a word when it builds a model."""
+    kind, standard = type(model), keras.Model
+    if (
+        kind.compile is not standard.compile
+        and kind.compile_from_config is standard.compile_from_config
+    ):
+        _refuse(
+            f"{kind.__name__} has a `compile` of its own, but no "
+            "compile_from_config() and get_compile_config(), without which "
+            "Keras does not compile it again"
+        )
+    name = keras_private.first_computed_twice(model)
+    if name is not None:
+        _refuse(
+            f"{name!r} was made in a keras.RematScope, which its "
+            "configuration does not tell: without it more memory is needed"
+        )
 
 
 def _own_objects(configuration):

@@ -67,6 +67,9 @@ def _built(request):
         with keras.saving.custom_object_scope(own):
             model = keras.saving.deserialize_keras_object(request["model"])
             model.compile_from_config(request["compile"])
+        # Keras says of any that it is compiled.
+        if getattr(model, "optimizer", None) is None:
+            raise ValueError("compile_from_config() does not compile it")
     except Exception as error:
         if exhaustion.is_out_of_memory(error):
             limit = request["limits"]["memory_limit"]

@@ -22,6 +22,7 @@ from keras_batchsize._memory_forward import can_be_called
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_forward import is_called_once
 from keras_batchsize._memory_snapshot import Snapshot
+from keras_batchsize._memory_validation import validation_step
 from keras_batchsize._train_function_memory import changed_by_training
 from keras_batchsize._train_function_memory import held_always
 from keras_batchsize.train_function import team_of
@@ -122,25 +123,12 @@ class Workload:
             return False
         return True
 
-    def _validate_everywhere(self, data):
-        model, strategy = self._model, self._model.distribute_strategy
-        results = strategy.run(model.test_step, (data,))
-        return replicas.local_values(strategy, results)
-
     def _validation_step(self):
-        model, step = self._model, self._model.test_step
-        if not can_be_called(model):
-            return lambda data: {}  # Nor can it be validated by `fit`.
-        if self._replicated:
-            step = self._validate_everywhere
-        if model.run_eagerly:
-            return step
-        return tf.function(
-            step,
-            jit_compile=self.compiles,
-            reduce_retracing=not self.compiles,
-            autograph=False,
-        )
+        smallest = self._batch(self._replicas)
+        step = validation_step(self._model, smallest, self.compiles)
+        if self._model.run_eagerly:
+            self.restore_values()  # It has been tried.
+        return step
 
     @property
     def growth(self):

@@ -192,15 +192,16 @@ def _count(data):
     return int(_leaves(data)[0].shape[0])
 
 
-def check_enough(bounds, x):
+def check_enough(bounds, x, fewest=2):
     """Raises if the data are too few to tell noise from signal.
 
     Args:
         bounds: Pair (at least, at most) of their number, or None.
         x: As in `Model.fit`.
+        fewest: Examples that do: one where noise is no matter.
 
     Raises:
-        ValueError: If there are fewer than two examples.
+        ValueError: If there are fewer.
     """
-    if bounds is not None:
+    if bounds is not None and bounds[1] < fewest:
         _checks.enough_examples(bounds[1], f"x of type {type(x).__name__}")

@@ -146,7 +146,10 @@ def largest_by_default(model, base, examples, profile):
     if examples is not None:
         limit = examples / _LARGEST_PART
     if profile is not None and memory.on_accelerator():
-        limit = profile.max_batch_size
+        most = profile.largest_micro_batch_size * profile.replicas
+        if math.isinf(most):
+            most = max(limit, profile.max_batch_size)
+        limit = most
     return largest_on_ladder(base, limit, replicas.count(model))
 
 

@@ -1,10 +1,13 @@
 """The largest batch that fits memory, looked for once per kind of model."""
 
+import math
+
 import keras
 import tensorflow as tf
 
 from keras_batchsize import _memory_key
 from keras_batchsize import memory
+from keras_batchsize.batch_profile import BatchProfile
 
 
 class CachedProbe:
@@ -30,7 +33,7 @@ class CachedProbe:
         self._probe = probe
         self._known = {}
 
-    def limit(self, model, x, y, maximum):
+    def limit(self, model, x, y, maximum, base=1):
         """Returns the largest batch size that fits, or None without a probe.
 
         Args:
@@ -38,6 +41,7 @@ class CachedProbe:
             x: Training data.
             y: Targets.
             maximum: Largest size of interest, or None.
+            base: The initial size, which is tried first.
         """
         if not self._probe:  # 0 is as good as False.
             return None
@@ -46,20 +50,38 @@ class CachedProbe:
         ):
             return None
         key = _key_of(model, x, y, maximum)
-        if key is None:
-            return self._find(model, x, y, maximum)
-        if key not in self._known:
-            self._known[key] = self._find(model, x, y, maximum)
-        return self._known[key]
+        found = self._known.get(key)
+        if found is None:
+            found = self._find(model, x, y, maximum, base)
+        if key is not None:
+            self._known[key] = found
+        return _largest(found, maximum, base)
 
-    def _find(self, model, x, y, maximum):
+    def _find(self, model, x, y, maximum, base):
         if callable(self._probe):
             found = self._probe(model, x, y)
         else:
+            start = min(base, maximum or base)
+            limits = {"start": start, "maximum": maximum}
             found = memory.find_max_batch_size(
-                model, x, y, maximum=maximum, accumulates=True
+                model, x, y, accumulates=True, **limits
             )
+        if isinstance(found, BatchProfile):
+            memory.warn_of_early_end(found)
+        return found
+
+
+def _largest(found, maximum, base):
+    """Returns the largest size by what a probe has found.
+
+    One that ended early is no limit for sizes that are asked for.
+    """
+    if not isinstance(found, BatchProfile):
         return int(getattr(found, "max_batch_size", found))
+    largest = found.largest_micro_batch_size * found.replicas
+    if math.isinf(largest):
+        largest = max(found.max_batch_size, maximum or 1, base)
+    return largest
 
 
 def _key_of(model, x, y, maximum):

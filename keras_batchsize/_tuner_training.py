@@ -162,7 +162,7 @@ class TrialTraining:
             return self._trainer, self._base
         base, maximum = setting.initial, space.max_batch_size
         limit = self._hypermodel.memory_probe.limit(
-            model, arguments.get("x"), arguments.get("y"), maximum
+            model, arguments.get("x"), arguments.get("y"), maximum, base
         )
         if limit is not None:
             while base > limit and base % 2 == 0:

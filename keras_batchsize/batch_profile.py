@@ -22,6 +22,8 @@ FORMAT = "keras_batchsize.batch_profile"
 VERSION = 1
 # Share of the best throughput at which a larger batch stops paying.
 SATURATION = 0.95
+# Reasons that say nothing of larger sizes: the probe did not come so far.
+_EARLY = "time", "trials"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,27 @@ class BatchProfile:
             [row.step_seconds for row in timed],
             largest=self.max_batch_size,
         )
+
+    @property
+    def largest_micro_batch_size(self):
+        """Examples that training may take through a replica at once.
+
+        Its share of `max_batch_size`, unless time or trials ended the probe.
+        Then nothing is known of larger sizes, and they are no reason to cut
+        batches: it is infinity; or, if a size did not fit, half of the
+        smallest such one, as when memory runs out in training.
+        """
+        size = self.max_batch_size
+        if self.reason in _EARLY:
+            too_large = [row.batch_size for row in self.rows if not row.fits]
+            size = max(size, min(too_large, default=math.inf) / 2)
+        return size if math.isinf(size) else int(size // self.replicas)
+
+    @property
+    def ended_early(self):
+        """Whether training may try more at once than was run."""
+        largest = self.largest_micro_batch_size * self.replicas
+        return largest > self.max_batch_size
 
     @property
     def saturation_batch_size(self):

@@ -245,8 +245,7 @@ class Controller:
             profile: A `BatchProfile`.
             is_new: Whether it may raise a limit that was set before.
         """
-        size = profile.max_batch_size // profile.replicas
-        self.limit_micro_batch_size(size, is_new)
+        self.limit_micro_batch_size(profile.largest_micro_batch_size, is_new)
         self.speed.expect(profile.step_time)
         self.profile = profile
 

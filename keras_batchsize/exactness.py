@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
 from keras_batchsize import slicing
@@ -206,6 +207,31 @@ def check_loss(model, kind, data):
         CannotBeCut: If the loss of the whole is not that of the pairs.
     """
     size = min(int(slicing.count_examples(data)), TRIAL_EXAMPLES)
+    _with_memory_for(size, lambda fewer: _check_pairs(model, kind, data, fewer))
+
+
+def _with_memory_for(size, check):
+    """Calls a check, with half as many examples while memory runs out.
+
+    More are tried at once than training may have to take. Where there is no
+    memory for any, nothing is checked.
+
+    Args:
+        size: Integer, examples to check with.
+        check: Function of their number.
+    """
+    while size > 0:
+        try:
+            check(size)
+            return
+        except Exception as error:
+            if not exhaustion.is_out_of_memory(error):
+                raise
+        size //= 2
+
+
+def _check_pairs(model, kind, data, size):
+    """Checks on the first `size` examples, if these are two pairs or more."""
     starts = range(0, size - _TRIAL_PART + 1, _TRIAL_PART)
     size = len(starts) * _TRIAL_PART
     if len(starts) < 2:
@@ -255,6 +281,16 @@ def check_division(model, data):
     number = strategy.num_replicas_in_sync
     if number == 1 or not _computes_loss_itself(model):
         return
+    size = int(slicing.count_examples(data))
+    _with_memory_for(
+        size, lambda fewer: _check_shares(model, strategy, data, fewer)
+    )
+
+
+def _check_shares(model, strategy, data, size):
+    """Checks on the first `size` examples."""
+    data = slicing.examples(data, 0, size)
+    number = strategy.num_replicas_in_sync
     on_replicas = tf.function(
         lambda: strategy.run(_loss_of, (model, data)), autograph=False
     )

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common import global_state as keras_globals
 from keras.src.losses import loss as loss_module
+from keras.src.models import functional
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
@@ -203,6 +204,24 @@ def remat_mode(layer):
         A named tuple, or None.
     """
     return getattr(layer, "_remat_mode", None)
+
+
+def first_computed_twice(model):
+    """Returns the name of what a `keras.RematScope` lets compute twice.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        That of the model, of a layer or of an operation of a functional
+        model, whichever is first; None if there is none.
+    """
+    parts = [model, *flatten_layers(model)]
+    for one in parts[:]:
+        if isinstance(one, functional.Functional):
+            parts += one.operations
+    modes = ((one.name, remat_mode(one)) for one in parts)
+    return next((name for name, mode in modes if mode and mode.mode), None)
 
 
 def mask_of(y_pred):

@@ -12,17 +12,20 @@ Separation of concerns:
 - `size_search.py`: which size is tried next. Pure.
 - `_memory_meters.py`, `_memory_host.py`: how memory is read.
 - `_memory_workload.py`: the step, the same that training takes.
+- `_memory_validation.py`: validation, where a model has one.
 - `_memory_snapshot.py`: everything is put back, bit for bit.
 - `_memory_examples.py`: a few examples of any input.
 - `batch_profile.py`: the result.
 """
 
 import math
+import warnings
 
 import keras
 import tensorflow as tf
 
 from keras_batchsize import _keras_private_random
+from keras_batchsize import exactness
 from keras_batchsize import exhaustion
 from keras_batchsize import model_state
 from keras_batchsize import replicas
@@ -49,6 +52,7 @@ from keras_batchsize._memory_workers import check_alike
 from keras_batchsize._memory_workers import shared_by_all
 from keras_batchsize._memory_workload import Workload
 from keras_batchsize._memory_workload import build_layers
+from keras_batchsize.superbatches import base_batch_size_of
 
 __all__ = [
     "can_be_read_twice",
@@ -239,36 +243,70 @@ def kind_of_data(model, x, y=None, sample_weight=None):
     return str(kinds), examples.count
 
 
+def base_batch_size(model, *data):
+    """Returns the base batch size of data where none is stated.
+
+    Args:
+        model: A compiled Keras model.
+        *data: As in `superbatches.base_batch_size_of`.
+    """
+    with _keras_private_random.states_kept():
+        return base_batch_size_of(model, *data)
+
+
+def warn_of_early_end(profile):
+    """Warns if a probe for a training ended before it found what fits.
+
+    Args:
+        profile: A `BatchProfile`.
+    """
+    if not profile.ended_early:
+        return
+    warnings.warn(
+        f"The probe ended early, by {profile.reason}: training is not held to "
+        "what it found, and where memory runs out goes on with half as many "
+        f"examples at once. Received: {len(profile.rows)} sizes in "
+        f"{profile.seconds:.0f} s, of which {profile.max_batch_size} is the "
+        "largest that fits. State max_batch_size, or give a probe more time: "
+        "time_budget=600, say.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def on_accelerator():
     """Whether there is a device whose memory is not that of the host."""
     return bool(tf.config.list_logical_devices("GPU"))
 
 
-def takes_any_size(model):
-    """Whether a model can be run at any batch size, as a probe must.
+def can_be_probed(model):
+    """Whether the step of a model can be run at any batch size.
 
     Args:
         model: A compiled Keras model.
     """
     try:
-        requirements.check_any_size(model)
+        check_probed(model)
     except ValueError:
         return False
     return True
 
 
 def check_probed(model):
-    """Raises if a model cannot be run at any batch size.
+    """Raises if the step of a model cannot be run at any batch size.
 
     Args:
         model: What the user passed as the model.
 
     Raises:
         TypeError: If it is not a Keras model.
-        ValueError: If it is not compiled, or only takes one batch size.
+        ValueError: If it is not compiled, only takes one batch size, or has
+            its own `train_step` under a strategy, which runs another one.
     """
     requirements.check_model(model)
     requirements.check_any_size(model)
+    if replicas.strategy_of(model) is not None:
+        exactness.check_step(model, "a strategy", "probe without a strategy")
 
 
 def _check_weights(model, limits):

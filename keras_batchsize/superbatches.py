@@ -232,6 +232,7 @@ def make_superbatches(
     steps_per_epoch=None,
     shuffle=True,
     class_weight=None,
+    fewest=2,
 ):
     """Turns the input of `fit` into superbatches.
 
@@ -245,13 +246,14 @@ def make_superbatches(
         steps_per_epoch: Base batches per epoch, as in `Model.fit`.
         shuffle: As in `Model.fit`.
         class_weight: As in `Model.fit`.
+        fewest: Examples that there must be: two, to measure noise.
 
     Returns:
         A `Superbatches`.
 
     Raises:
-        ValueError: If there are fewer than 2 examples, or if the superbatch
-            does not fit the base batch size.
+        ValueError: If there are fewer examples, or if the superbatch does not
+            fit the base batch size.
     """
     steps_per_epoch = _checked_steps(steps_per_epoch)
     batch_size = _checked_batch_size(batch_size)
@@ -263,8 +265,7 @@ def make_superbatches(
     if not (is_arrays := data.batch_size is None):
         shuffle = shuffle and isinstance(x, keras.utils.PyDataset)
         adapter = adapter_for(data.x, y, sample_weight, shuffle=shuffle)
-    bounds = _bounds(data, adapter)
-    check_enough(bounds, x)
+    check_enough(bounds := _bounds(data, adapter), x, fewest)
     base = _base_batch_size(batch_size, data, steps_per_epoch)
     epoch = _examples_of_epoch(bounds, steps_per_epoch, base)
     size = _sizes.superbatch_size(
@@ -300,6 +301,22 @@ def told_of(model, x):
         x: As in `Model.fit`, of a kind that can be read more than once.
     """
     return batched(x, None, None, model, None)
+
+
+def base_batch_size_of(
+    model, x, y=None, sample_weight=None, steps_per_epoch=None
+):
+    """Returns the base batch size of data where none is stated.
+
+    Args:
+        model: The Keras model.
+        x: As in `Model.fit`, of a kind that can be read more than once.
+        y: As in `Model.fit`.
+        sample_weight: As in `Model.fit`.
+        steps_per_epoch: As in `Model.fit`.
+    """
+    data = batched(x, y, sample_weight, model, None)
+    return _base_batch_size(None, data, _checked_steps(steps_per_epoch))
 
 
 def _dealt_out_already(model, x, batch_size, steps_per_epoch):

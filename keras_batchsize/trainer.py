@@ -127,6 +127,7 @@ class AdaptiveTrainer:
         profile = memory.find_max_batch_size(
             self.model, x, y, sample_weight, **limits
         )
+        memory.warn_of_early_end(profile)
         self._profile.keep(profile, self.model, (x, y, sample_weight))
         return profile
 
@@ -178,7 +179,7 @@ class AdaptiveTrainer:
         data = x, y, sample_weight
         if validation_split and validation_data is None:
             data, validation_data = _split(data, validation_split)
-        self._probe_first(*data)
+        self._probe_first(*data, batch_size, steps_per_epoch)
         superbatches = self._superbatches(
             *data,
             batch_size=batch_size,
@@ -198,8 +199,12 @@ class AdaptiveTrainer:
             validation_freq=validation_freq,
         )
 
-    def _probe_first(self, x, y, sample_weight):
-        """Looks for the largest size where that is the limit in force."""
+    def _probe_first(self, x, y, sample_weight, base=None, steps=None):
+        """Looks for the largest size where that is the limit in force.
+
+        From the base size on: it is trained with in any case, and tells more
+        than a single example would where the time is short.
+        """
         is_limit = self.max_batch_size is None and memory.on_accelerator()
         is_known = self._profile.of(self.model) is not None
         # Data are not touched without need: to ask a DataLoader whether it can
@@ -209,9 +214,14 @@ class AdaptiveTrainer:
         self._profile.check(self.model, (x, y, sample_weight))
         if not is_limit or self._profile.of(self.model) is not None:
             return
-        if memory.takes_any_size(self.model):
-            with memory.errors_of_fit():
-                self.probe(x, y, sample_weight)
+        if not memory.can_be_probed(self.model):
+            return
+        if base is None:
+            base = memory.base_batch_size(
+                self.model, x, y, sample_weight, steps
+            )
+        with memory.errors_of_fit():
+            self.probe(x, y, sample_weight, start=base)
 
     def _superbatches(self, *data, **how):
         requirements.check_model(self.model)

@@ -56,6 +56,31 @@ def test_saturation_is_the_smallest_size_near_the_best_speed():
     assert found.saturation_batch_size == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 100),
+        ({"reason": "maximum", "rows": [row(100)]}, 100),
+        ({"replicas": 2}, 50),
+        # Nothing says that more would not fit.
+        ({"reason": "time", "rows": [row(100)]}, math.inf),
+        ({"reason": "trials", "rows": [row(1), row(100)]}, math.inf),
+        ({"reason": "time", "rows": [row(100)], "replicas": 2}, math.inf),
+        # Half of what does not fit, as when memory runs out in training.
+        ({"reason": "time"}, 100),
+        ({"reason": "time", "max_batch_size": 1}, 75),
+        ({"reason": "trials", "max_batch_size": 2, "replicas": 2}, 37),
+    ],
+)
+def test_what_ended_early_limits_training_only_by_what_did_not_fit(
+    changes, expected
+):
+    found = profile(**changes)
+    assert found.largest_micro_batch_size == expected
+    beyond = expected * found.replicas > found.max_batch_size
+    assert found.ended_early == beyond
+
+
 def test_saturation_stays_within_what_was_run():
     slow = [row(8, step_seconds=1.0), row(16, step_seconds=4.0)]
     assert profile(rows=slow, max_batch_size=16).saturation_batch_size == 8

@@ -37,6 +37,7 @@ IMPORTED = {
         "the probe, for global seeds and names"
     ),
     "keras.src.losses.loss.apply_mask": "masked_weight",
+    "keras.src.models.functional.Functional": "first_computed_twice",
     "keras.src.trainers.data_adapters.array_slicing.convert_to_sliceable": (
         "tensors_of"
     ),
@@ -376,12 +377,33 @@ def test_compile_loss_has_a_metric_for_each_of_several_outputs():
 
 
 def test_a_layer_remembers_the_scope_it_was_made_in():
+    from keras_batchsize import keras_private
+
     with keras.RematScope(mode="full"):
         inside = keras.layers.Dense(1)
     message = changed("_remat_mode", user("_remat_mode"))
     mode = getattr(inside, "_remat_mode", None)
     assert getattr(mode, "mode", None) == "full", message
     assert keras.layers.Dense(1)._remat_mode is None, message
+    # A scope that switches it off.
+    with keras.RematScope(mode=None):
+        without = keras.layers.Dense(1)
+    mode = getattr(without, "_remat_mode", None)
+    assert mode is None or mode.mode is None, message
+    model = keras.Sequential([without])
+    assert keras_private.first_computed_twice(model) is None, message
+    model.add(inside)
+    assert keras_private.first_computed_twice(model) == inside.name, message
+
+
+def test_a_functional_model_tells_its_operations():
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, keras.ops.tanh(inputs))
+    path = "keras.src.models.functional.Functional"
+    message = changed(path, IMPORTED[path], "does not hold its operations")
+    functional = importlib.import_module("keras.src.models.functional")
+    assert isinstance(model, functional.Functional), message
+    assert "Tanh" in {type(one).__name__ for one in model.operations}, message
 
 
 def test_mask_travels_with_a_tensor():

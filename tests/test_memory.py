@@ -674,6 +674,26 @@ def test_model_of_one_batch_size_is_refused(make, text):
             kb.find_max_batch_size(model, *comparing.regression())
 
 
+class OwnStep(keras.Sequential):
+    """Has a step that no strategy lets run."""
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_a_step_of_ones_own_under_a_strategy_is_refused():
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        model = OwnStep([keras.Input((5,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    data = comparing.regression()
+    with untouched(model):
+        with pytest.raises(ValueError, match="OwnStep, with a strategy.*Or pr"):
+            kb.find_max_batch_size(model, *data)
+    assert not model.optimizer.built
+    with pytest.raises(ValueError, match="OwnStep, with a strategy.*Or probe"):
+        model.fit(*data, verbose=0, callbacks=[kb.MemoryProbe()])
+
+
 def test_model_that_took_its_first_batch_for_its_size_is_probed():
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")

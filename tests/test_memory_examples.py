@@ -1,6 +1,7 @@
 """What a probe reads of the data, and data whose sizes no graph tells."""
 
 import random
+import re
 import sys
 import threading
 import types
@@ -81,6 +82,34 @@ def test_the_cap_is_what_the_pipeline_takes():
     taken = data.shuffle(64).take(24).batch(8)
     profile = kb.find_max_batch_size(model, taken)
     assert (profile.max_batch_size, profile.reason) == (24, "dataset")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_advice_for_what_can_be_read_once_works(size):
+    def numbers():
+        while True:
+            yield np.ones((size, 1), "float32"), np.zeros((size, 1), "float32")
+
+    model, _ = single(tf.zeros([1, 1]))
+    x = numbers()
+    with pytest.raises(ValueError, match="read more than once") as caught:
+        kb.find_max_batch_size(model, x)
+    code = re.search(r"repeat the first batch: (.+)\.$", str(caught.value))[1]
+    data = eval(code, {"tf": tf, "x": x})
+    profile = kb.find_max_batch_size(model, data, maximum=24)
+    # The batch is no bound.
+    assert (profile.max_batch_size, profile.reason) == (24, "maximum")
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dataset"])
+def test_one_example_does_for_a_probe(kind):
+    model, _ = single(tf.zeros([1, 1]))
+    one = np.ones((1, 1), "float32")
+    data = (one, one)
+    if kind == "dataset":
+        data = [tf.data.Dataset.from_tensors(data)]
+    profile = kb.find_max_batch_size(model, *data)
+    assert (profile.max_batch_size, profile.reason) == (1, "dataset")
 
 
 def test_reading_leaves_random_states():

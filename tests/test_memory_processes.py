@@ -324,6 +324,66 @@ def test_model_that_cannot_be_handed_over_is_refused_with_the_reason():
             kb.find_max_batch_size(model, X, Y, isolation=True)
 
 
+class OwnCompile(keras.Sequential):
+    """Keras builds it again, but does not compile it."""
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+
+
+class CompilesNothing(OwnCompile):
+    """Says that it does."""
+
+    def compile_from_config(self, config):
+        pass
+
+
+def refusal_of(model, monkeypatch):
+    """Returns what is said of a model, in a child in name only."""
+
+    def run(folder, limits):
+        request = json.loads((folder / "request.json").read_text("utf-8"))
+        return _memory_worker.answer_to(request, folder)
+
+    monkeypatch.setattr(_memory_process, "_run", run)
+    with pytest.raises(ValueError, match="isolation=True; ") as caught:
+        kb.find_max_batch_size(model, X, Y, isolation=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (OwnCompile, "OwnCompile has a `compile` of its own, but no compile_f"),
+        (CompilesNothing, "compile_from_config() does not compile it"),
+    ],
+)
+def test_a_model_that_is_not_compiled_again_is_refused(
+    kind, reason, monkeypatch
+):
+    model = kind([keras.Input((16,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert reason in refusal_of(model, monkeypatch)
+
+
+@pytest.mark.parametrize("what", ["layer", "inner layer", "operation"])
+def test_what_is_computed_twice_to_save_memory_is_refused(what, monkeypatch):
+    inputs = keras.Input((16,))
+    outputs = keras.layers.Dense(1)(inputs)
+    with keras.RematScope(mode="full"):
+        if what == "operation":
+            outputs = keras.ops.tanh(outputs)
+        else:
+            outputs = keras.layers.Dense(1, name="twice")(outputs)
+    model = keras.Model(inputs, outputs)
+    if what == "inner layer":
+        model = keras.Sequential([keras.Input((16,)), model])
+    model.compile("sgd", "mse")
+    text = refusal_of(model, monkeypatch)
+    assert "was made in a keras.RematScope" in text
+    assert what == "operation" or "'twice'" in text
+
+
 @pytest.mark.parametrize("kind", ["string", "bfloat16"])
 def test_examples_that_cannot_be_handed_over_are_refused(kind):
     x = tf.constant([["a"], ["b"]])

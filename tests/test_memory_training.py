@@ -180,6 +180,97 @@ def test_largest_size_is_probed_on_an_accelerator(
     assert len(probed) == on_accelerator
 
 
+EARLY = "The probe ended early"
+
+
+@pytest.mark.parametrize("reason", ["time", "trials"])
+def test_what_time_or_trials_ended_is_no_limit(reason, monkeypatch):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    profiles = iter([found(2, reason=reason)])
+    monkeypatch.setattr(
+        memory, "find_max_batch_size", lambda *_, **__: next(profiles)
+    )
+    trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
+    data = comparing.regression(512)
+    with pytest.warns(RuntimeWarning, match=f"{EARLY}, by {reason}") as caught:
+        for _ in range(2):
+            trainer.fit(*data, batch_size=8, verbose=0)
+            assert trainer.plan.micro_batch_size == 8
+            # A sixteenth of the data, as without a probe.
+            assert trainer.report.settings["max_batch_size"] == 32
+    assert len(caught) == 1
+    assert "Received: 2 sizes in 0 s, of which 2 is" in str(caught[0].message)
+
+
+def test_what_ran_before_time_was_over_may_be_used(monkeypatch):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    profile = found(200, reason="time")
+    monkeypatch.setattr(memory, "find_max_batch_size", lambda *_, **__: profile)
+    trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
+    with pytest.warns(RuntimeWarning, match=EARLY):
+        trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
+    assert trainer.report.settings["max_batch_size"] == 128
+
+
+@pytest.mark.parametrize("how", ["trainer", "callback"])
+def test_a_probe_for_a_training_begins_with_its_batch_size(how, monkeypatch):
+    # Updates of 100 s: there is no time for a second size.
+    meter = FakeMeter(limit=10**12, seconds=100.0)
+    monkeypatch.setattr(memory, "on_accelerator", lambda: how == "trainer")
+    monkeypatch.setattr(memory, "meter_for", lambda model: meter)
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    trainer = kb.AdaptiveTrainer(
+        make(), policy="fixed", superbatch_size=32, verbose=0
+    )
+    probes = [kb.MemoryProbe()] if how == "callback" else []
+    with pytest.warns(RuntimeWarning, match=f"{EARLY}, by time"):
+        trainer.fit(
+            *comparing.regression(512),
+            batch_size=16,
+            verbose=0,
+            callbacks=probes,
+        )
+    assert set(meter.sizes) == {16}
+    assert trainer.plan.micro_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "first"),
+    [("arrays", None, 32), ("arrays", 32, 16), ("dataset", None, 4)],
+)
+def test_a_batch_size_that_is_not_stated_is_that_of_the_data(
+    kind, steps, first, monkeypatch
+):
+    started = []
+
+    def find(*_, start, **__):
+        started.append(start)
+        return found(64)
+
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(memory, "find_max_batch_size", find)
+    data = comparing.regression(512)
+    if kind == "dataset":
+        data = [tf.data.Dataset.from_tensor_slices(data).batch(4)]
+    trainer = kb.AdaptiveTrainer(make(), policy="measure", verbose=0)
+    trainer.fit(*data, steps_per_epoch=steps, verbose=0)
+    assert started == [first]
+    assert trainer.report.settings["base_batch_size"] == first
+
+
+def test_a_base_size_that_does_not_fit_is_gone_down_from(monkeypatch):
+    meter = FakeMeter(MB, slope=MB // 10)
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(memory, "meter_for", lambda model: meter)
+    monkeypatch.setattr(memory, "Workload", FakeWorkload)
+    trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
+    trainer.fit(*comparing.regression(64), batch_size=16, verbose=0)
+    assert meter.sizes[0] == 16
+    assert trainer.plan.batch_size == 16
+    # Of 9.5 that may be used, as many as were run and are a part of 16.
+    assert trainer.plan.micro_batch_size == 8
+
+
 def test_a_largest_size_that_is_given_is_not_probed(monkeypatch):
     monkeypatch.setattr(memory, "on_accelerator", lambda: True)
     monkeypatch.setattr(memory, "find_max_batch_size", None)
@@ -333,14 +424,31 @@ class OwnStep(keras.Model):
 
 
 def test_what_cannot_be_cut_may_not_grow_past_what_was_probed(finds):
-    def make_model():
-        inputs = keras.Input((comparing.FEATURES,))
-        return OwnStep(inputs, keras.layers.Dense(1)(inputs))
-
+    make_model = compiled(of_own_step(OwnStep))
     finds(found(16))
     with pytest.raises(ValueError, match="memory for 16 examples") as caught:
-        grown(GROWING["schedule"](), True, compiled(make_model))
+        grown(GROWING["schedule"](), True, make_model)
     assert "Or use max_batch_size=16: no gradients" in str(caught.value)
+
+
+def of_own_step(kind):
+    """Returns a factory of functional models of a class."""
+
+    def make_model():
+        inputs = keras.Input((comparing.FEATURES,))
+        return kind(inputs, keras.layers.Dense(1)(inputs))
+
+    return make_model
+
+
+def test_what_cannot_be_cut_may_grow_where_time_ended_the_probe(finds):
+    finds(found(4, reason="time"))
+    with pytest.warns(RuntimeWarning, match=EARLY):
+        trainer = grown(
+            GROWING["schedule"](), True, compiled(of_own_step(OwnStep))
+        )
+    row = trainer.report.rows[-1]
+    assert (row.batch_size, row.micro_batch_size) == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -484,6 +592,74 @@ def test_a_model_with_nothing_but_a_step_is_probed():
     profile = kb.find_max_batch_size(model, *data, maximum=16)
     assert profile.max_batch_size == 16
     model.fit(*data, verbose=0)
+
+
+class OwnLoss(keras.Model):
+    """The way of Keras's guide: a step of one's own, and no loss compiled."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, variables), variables)
+        )
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("how", ["graph", "eager", "xla"])
+def test_a_model_that_cannot_be_validated_is_probed(how):
+    model = of_own_step(OwnLoss)()
+    model.compile("adam", run_eagerly=how == "eager", jit_compile=how == "xla")
+    data = comparing.regression(64)
+    with pytest.raises(ValueError, match="No loss to compute"):
+        model.evaluate(*data, verbose=0)
+    model.fit(*data, verbose=0)
+    before = comparing.variables_of(model)
+    profile = kb.find_max_batch_size(model, *data, maximum=16)
+    assert profile.max_batch_size == 16
+    for name, value in comparing.variables_of(model).items():
+        np.testing.assert_array_equal(before[name], value, name)
+
+
+def test_a_model_that_cannot_be_validated_is_trained_after_a_probe(
+    monkeypatch,
+):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    model = of_own_step(OwnLoss)()
+    model.compile("adam")
+    trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
+    trainer.fit(*comparing.regression(64), batch_size=8, verbose=0)
+    assert largest_of(trainer) == 64
+
+
+class RaisesInValidation(keras.Model):
+    """Fails where it is validated."""
+
+    error = None
+
+    def test_step(self, data):
+        raise self.error
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt("made up"), KeyboardInterrupt),
+        # That is no model without a validation: none of its sizes fits.
+        (tf.errors.ResourceExhaustedError(None, None, ""), memory.NothingFits),
+    ],
+)
+def test_neither_memory_nor_an_interruption_is_taken_for_no_validation(
+    error, expected, eager, monkeypatch
+):
+    monkeypatch.setattr(RaisesInValidation, "error", error)
+    model = compiled(of_own_step(RaisesInValidation))()
+    model.run_eagerly = eager
+    with pytest.raises(expected):
+        kb.find_max_batch_size(model, *comparing.regression(16), maximum=4)
 
 
 class TwoOptimizers(TwoNetworks):

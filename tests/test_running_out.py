@@ -16,6 +16,7 @@ from comparing import compiled
 
 import keras_batchsize as kb
 from keras_batchsize import _train_function_memory
+from keras_batchsize import exactness
 from keras_batchsize import exhaustion
 from keras_batchsize import model_state
 from keras_batchsize.policies import BatchSizeSchedule
@@ -57,12 +58,19 @@ class TooLarge(keras.layers.Layer):
         return x
 
 
-def of_limited(most, calls=None):
+class AlwaysTooLarge(TooLarge):
+    """Fails without training, too."""
+
+    def call(self, x, training=False):
+        return super().call(x, training=True)
+
+
+def of_limited(most, calls=None, layer=TooLarge):
     """Returns a factory of models that fail above so many examples."""
 
     def make():
         inputs = keras.Input((comparing.FEATURES,))
-        hidden = TooLarge(most, calls)(inputs)
+        hidden = layer(most, calls)(inputs)
         hidden = keras.layers.Dense(6, activation="tanh")(hidden)
         return keras.Model(inputs, keras.layers.Dense(1)(hidden))
 
@@ -132,6 +140,40 @@ def test_measuring_in_smaller_parts_changes_nothing():
     theirs = comparing.plain(of_limited(10**6), *data)
     comparing.assert_same(ours, theirs)
     assert ours.result.noise_scale.squared_norm > 0
+
+
+@pytest.mark.parametrize(("most", "tried"), [(3, [16, 8, 4]), (8, [16, 8])])
+def test_the_loss_is_tried_on_no_more_examples_than_fit(most, tried):
+    # Parts of a superbatch of 16 are two examples, as are batches.
+    data, calls = comparing.regression(32), []
+    ours = comparing.adaptive(
+        of_limited(most, calls, AlwaysTooLarge),
+        *data,
+        policy="measure",
+        measure_every=1,
+        batch_size=2,
+        superbatch_size=16,
+        max_batch_size=2,
+    )
+    theirs = comparing.plain(
+        of_limited(10**6, layer=AlwaysTooLarge), *data, batch_size=2
+    )
+    comparing.assert_same(ours, theirs)
+    # From the first that fits on it is drawn several times.
+    larger = [size for size in calls if size > 2]
+    assert list(dict.fromkeys(larger)) == tried
+    assert max(calls.count(size) for size in larger if size > most) == 1
+
+
+def test_a_loss_is_tried_on_fewer_examples_where_more_do_not_fit():
+    def total(y, y_pred):
+        return keras.ops.sum(keras.ops.square(y - y_pred))
+
+    model = of_limited(5, layer=AlwaysTooLarge)()
+    model.compile("sgd", total)
+    data = tuple(map(tf.constant, comparing.regression(16)))
+    with pytest.raises(exactness.CannotBeCut, match="on the first 4 examples"):
+        exactness.check_loss(model, "examples", data)
 
 
 @pytest.mark.filterwarnings(HALVED)

@@ -903,6 +903,43 @@ def test_a_probe_serves_only_models_that_take_the_same_memory():
     assert calls(maximum=32) == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "maximum", "base", "expected"),
+    [
+        ("memory", 64, 32, 16),
+        ("memory", None, 32, 16),
+        # What time has ended is no limit for what is asked for.
+        ("time", 64, 32, 64),
+        ("time", None, 32, 32),
+        ("time", None, 8, 16),
+    ],
+)
+def test_a_probe_that_ended_early_caps_nothing(
+    reason, maximum, base, expected, monkeypatch
+):
+    from keras_batchsize import memory
+    from keras_batchsize._tuner_probe import CachedProbe
+    from keras_batchsize.batch_profile import BatchProfile
+    from keras_batchsize.batch_profile import ProfileRow
+
+    started = []
+
+    def find(*_, start, **__):
+        started.append(start)
+        rows = [ProfileRow(16, 16_000, None, 0.01, True)]
+        return BatchProfile(rows, 16, reason)
+
+    monkeypatch.setattr(memory, "find_max_batch_size", find)
+    cached, model = CachedProbe(True), build(keras_tuner.HyperParameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            limit = cached.limit(model, X, Y, maximum, base)
+            assert limit == expected
+    assert started == [base]
+    assert len(caught) == (reason == "time")
+
+
 def test_the_real_probe_is_asked_on_demand(tmp_path):
     tuner = search(
         tmp_path,
