@@ -777,9 +777,10 @@ def test_own_metrics_are_those_that_were_given_to_a_layer_itself():
         def metrics(self):
             return []
 
-    model = Shown([keras.Input((3,)), keras.layers.Dense(1)])
+    layer = keras.layers.Dense(1)
+    layer.own = keras.metrics.Mean()
+    model = Shown([keras.Input((3,)), layer])
     model.own = keras.metrics.Mean()
-    model.layers[0].own = keras.metrics.Mean()
     model.compile("sgd", "mse", metrics=["mae"])
     own = model._get_own_metrics()
     assert {model.own, model._loss_tracker} <= {*own}, user("_get_own_metrics")
