@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -1132,9 +1133,11 @@ def training_resumes_on_more_replicas(strategy):
 
 @law(4)
 def two_replicas_are_resumed_by_four(strategy):
-    two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with tempfile.TemporaryDirectory() as folder:
-        stopped(under(two, momentum()), folder)
+        # A process has collectives of one number of replicas.
+        subprocess.run(
+            [sys.executable, __file__, "2", "stopped", folder], check=True
+        )
         assert_resumes(under(strategy, momentum()), folder)
 
 
@@ -1174,4 +1177,7 @@ def main(number, names):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2:3] == ["stopped"]:
+        stopped(under(mirrored(int(sys.argv[1])), momentum()), sys.argv[3])
+    else:
+        main(int(sys.argv[1]), sys.argv[2:])
