@@ -21,6 +21,8 @@ from comparing import variables_of
 
 import keras_batchsize as kb
 
+pytestmark = pytest.mark.minutes(4)
+
 X, Y = regression()
 OURS = ("batch_size", "noise_scale", "examples_per_second")
 

@@ -25,6 +25,8 @@ from keras_batchsize import exactness
 from keras_batchsize import scaling
 from keras_batchsize.policies import BatchSizeSchedule
 
+pytestmark = pytest.mark.minutes(4)
+
 # Rounding of float32 sums in another order, see test_micro_batches.py.
 RTOL = 2e-5
 

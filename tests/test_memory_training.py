@@ -29,6 +29,8 @@ from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.throughput import StepTime
 
+pytestmark = pytest.mark.minutes(4)
+
 make = compiled(
     dense, optimizer=lambda: keras.optimizers.SGD(0.05, momentum=0.9)
 )

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from keras_batchsize import replicas
 
+pytestmark = pytest.mark.minutes(8)
+
 PROGRAM = pathlib.Path(replica_laws.__file__)
 # Seconds for all laws of a process, some times what they take while other tests
 # run beside them.

@@ -33,6 +33,8 @@ from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_rows import RowNumbers
 from keras_batchsize.superbatches import make_superbatches
 
+pytestmark = pytest.mark.minutes(6)
+
 X, Y = regression()
 CLASSES = classification()[1]
 WEIGHTS = np.linspace(0.1, 2.0, EXAMPLES).astype("float32")

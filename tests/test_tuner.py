@@ -36,9 +36,12 @@ METRICS = {
 
 # A name is looked up in a thread's old way (oracle.py), and the all-NaN mean
 # of a metric is no matter.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(currentThread|getName).*:DeprecationWarning",
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:.*(currentThread|getName).*:DeprecationWarning",
+    ),
+    pytest.mark.minutes(5),
+]
 
 
 def build(hp, rate=0.05):

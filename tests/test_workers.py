@@ -23,6 +23,8 @@ import worker_laws
 import keras_batchsize as kb
 from keras_batchsize import workers
 
+pytestmark = pytest.mark.minutes(6)
+
 PROGRAM = pathlib.Path(worker_laws.__file__)
 ROOT = PROGRAM.parents[1]
 # Seconds for all laws of two workers, some times what they take while other
