@@ -53,13 +53,8 @@ _SMALLEST_GAIN = 1.05
 _SLOPE_OVER = 1.5
 # Nor is a size that the time left shrinks to less than this.
 _SMALLEST_GAIN_IN_TIME = 1.25
-<<<<<<< ours
-# Sizes are multiples of 8, which hardware likes, and of the replicas, from so
-# many times what both divide on: it costs 6 % at most.
-=======
 # From so many times the least common multiple of 8 and the replicas on, sizes
 # are multiples of that, which hardware likes: it costs 6 % at most.
->>>>>>> theirs
 _ROUNDED_FROM = 16
 
 MEMORY, TIME, TRIALS = "memory", "time", "trials"
