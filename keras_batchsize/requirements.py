@@ -193,7 +193,7 @@ def _optimizers_in_use(model):
     that was loaded from a file may be; and who freezes one trains it no more.
     """
     yield from model_state.optimizers_of(model).items()
-    if type(model).train_step is keras.Model.train_step:
+    if not model_state.overrides(model, "train_step"):
         return
     for inside, one in model_state.models_inside(model):
         if one.trainable:
