@@ -54,13 +54,9 @@ class Decisions:
         # Not known, it says nothing against the size.
         if math.isnan(gain) or gain > _SLOWER:
             return None
-        return Decision(
-            old_batch_size=size,
-            new_batch_size=before,
-            noise_scale=status.noise_scale,
-            predicted_speedup=1.0 / gain if gain else math.inf,
-            reason=f"{size} turned out {gain:.2f} times as fast",
-        )
+        predicted = 1.0 / gain if gain else math.inf
+        reason = f"{size} turned out {gain:.2f} times as fast"
+        return self._change(status, before, predicted, reason)
 
     def _wish(self, status, estimate):
         new = policies.next_batch_size(
@@ -68,13 +64,9 @@ class Decisions:
         )
         if new == status.batch_size:
             return None
-        self._watch(status.batch_size, new)
-        return Decision(
-            old_batch_size=status.batch_size,
-            new_batch_size=new,
-            noise_scale=status.noise_scale,
-            predicted_speedup=self._speed.predicted_speedup(status, new),
-            reason=self._policy.reason(status),
+        predicted = self._speed.predicted_speedup(status, new)
+        return self._change(
+            status, new, predicted, self._policy.reason(status)
         )
 
     def _try(self, status, estimate):
@@ -84,18 +76,21 @@ class Decisions:
         at_least = policies.at_noise(status, estimate, estimate.lower)
         if not self._policy.is_worth_a_try(at_least):
             return None
-        self._watch(status.batch_size, new)
-        return Decision(
-            old_batch_size=status.batch_size,
-            new_batch_size=new,
-            noise_scale=status.noise_scale,
-            predicted_speedup=math.nan,
-            reason=f"a try: {new} was never timed",
-        )
+        reason = f"a try: {new} was never timed"
+        return self._change(status, new, math.nan, reason)
 
-    def _watch(self, old, new):
+    def _change(self, status, new, predicted, reason):
+        """Returns the `Decision`, and remembers the way back from a try."""
+        old = status.batch_size
         if self._is_new(old, new):
             self._before = old
+        return Decision(
+            old_batch_size=old,
+            new_batch_size=new,
+            noise_scale=status.noise_scale,
+            predicted_speedup=predicted,
+            reason=reason,
+        )
 
     def _is_new(self, old, new):
         """Whether a size is larger, for speed, and nothing is known of it."""
