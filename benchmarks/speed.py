@@ -166,7 +166,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument(
-        "--sizes", type=int, nargs="*", default=[16, 32, 64, 256, 1024]
+        "--sizes", type=int, nargs="*", default=[2**i for i in range(4, 11)]
     )
     options = parsed(parser)
     train, _ = workloads.load("mnist", options.path)

@@ -44,8 +44,12 @@ def _size_of_largest_goodput(controller, step_time, noise_scale):
     ladder = Ladder(base, base, most, replicas=controller.replicas)
     for larger in ladder.sizes[1:]:
         if 1.0 >= throughput.speedup(
-            *(size, larger, step_time, noise_scale),
-            *(controller.clock.batch_size, controller.efficiency),
+            size,
+            larger,
+            step_time,
+            noise_scale,
+            controller.clock.batch_size,
+            controller.efficiency,
         ):
             break
         size = larger

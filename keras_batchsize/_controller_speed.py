@@ -168,7 +168,8 @@ class Speed:
             return None
         expected = self._expected
         return [
-            *(expected.fixed, expected.per_example),
+            expected.fixed,
+            expected.per_example,
             # A number, as all of them.
             int(expected.guessed),
         ]

@@ -22,10 +22,11 @@ class ReplicatedGradients(GradientAccumulator):
     Args:
         model: A compiled Keras model, made under a strategy.
         measures: Whether norms are wanted.
+        weighs_examples: As for `GradientAccumulator`.
     """
 
-    def __init__(self, model, measures):
-        super().__init__(model)
+    def __init__(self, model, measures, weighs_examples):
+        super().__init__(model, weighs_examples)
         self._replicas = model.distribute_strategy.num_replicas_in_sync
         self._measures = measures
 
@@ -167,7 +168,7 @@ class ReplicatedGradients(GradientAccumulator):
         ]
         return Accumulated(
             gradients, *summed[number : number + 3], total.products,
-            *summed[number + 3 :],
+            *summed[number + 3 :], total.logs,
         )
 
     def _in_own_row(self, gradient, variable):

@@ -187,7 +187,10 @@ def read_examples(model, x, y=None, sample_weight=None):
     if told.varies:
         size = None  # Batches that cannot be joined.
     superbatches = make_superbatches(
-        *(model, given, y, sample_weight),
+        model,
+        given,
+        y,
+        sample_weight,
         batch_size=size,
         superbatch_size=size,
         shuffle=False,

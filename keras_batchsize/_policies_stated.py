@@ -39,7 +39,8 @@ class BatchSizeSchedule(BatchSizePolicy):
                 _checks.real(
                     "schedule",
                     epoch,
-                    *(0, _MOST),
+                    0,
+                    _MOST,
                     "its keys are zero-based epochs",
                     "Use {0: 32, 10: 128}.",
                 )
@@ -63,7 +64,8 @@ def _size_at(epoch, size):
     return _checks.real(
         f"schedule at epoch {epoch}",
         size,
-        *(1, _MOST),
+        1,
+        _MOST,
         "it states how many examples an update of that epoch has",
         "Use {0: 32, 10: 128}, or a function that returns such sizes.",
     )
@@ -72,9 +74,9 @@ def _size_at(epoch, size):
 class GrowOnPlateau(BatchSizePolicy):
     """Grows the batch when a metric has stopped improving.
 
-    The twin of `keras.callbacks.ReduceLROnPlateau`, with the same arguments
-    and the same waiting; a larger batch lowers the noise of SGD, g ≈ ε·N/B
-    for a rate ε and N examples, as a smaller rate does (Smith and Le 2018,
+    The twin of `keras.callbacks.ReduceLROnPlateau`, with the same waiting
+    and its arguments; a larger batch lowers the noise of SGD, g ≈ ε·N/B for a
+    rate ε and N examples, as a smaller rate does (Smith and Le 2018,
     arXiv:1710.06451; Smith et al. 2018, ICLR; arXiv:1711.00489). Combine it
     with `learning_rate_scaling="none"` for that effect.
 

@@ -55,6 +55,14 @@ class Batched(NamedTuple):
         """Examples in a batch if it must stay as it is, else None."""
         return self.batch_size if self.varies else None
 
+    def has_static_sizes(self, base):
+        """Whether graphs would know the size of batches of `base` examples."""
+        if self.batch_size is None:
+            return self.examples % base == 0
+        if not isinstance(self.x, tf.data.Dataset):
+            return False
+        return keras.tree.flatten(self.x.element_spec)[0].shape[:1] == [base]
+
 
 def batched(x, y, sample_weight, model, batch_size):
     """Returns what can be told of the input of `fit`.
@@ -112,7 +120,8 @@ def _of_few(x, few):
         check_enough((0, 0), x)
     shapes = [[leaf.shape[1:] for leaf in _leaves(one)] for one in few]
     return Batched(
-        *(x, size),
+        x,
+        size,
         varies=any(one != shapes[0] for one in shapes),
         bytes_each=slicing.bytes_of(few[0]) / size,
         is_guess=True,

@@ -41,7 +41,9 @@ def checked_graphs(team, model, controller, data, cuts=False):
     team.tell_cost_of(controller.ladder.base)
     sample = team.sample(data)
     try:
-        graphs = team.make_graphs(model, controller.clock.batch_size, splits)
+        graphs = team.make_graphs(
+            model, controller.clock.batch_size, splits, _size_varies(controller)
+        )
         first = min(slicing.number_of_examples(sample), 1)
         graphs.build(slicing.examples(sample, 0, first))
         if causes:
@@ -61,6 +63,13 @@ def _sizes_under(controller):
     if isinstance(policy, policies.Fixed):
         return [ladder.nearest(policy.batch_size or ladder.base)]
     return ladder.sizes
+
+
+def _size_varies(controller):
+    """Whether the size of updates may change, the last of data apart."""
+    if isinstance(controller.policy, policies.Measure):
+        return False
+    return len(_sizes_under(controller)) > 1
 
 
 def _size_of_the_rate(controller):

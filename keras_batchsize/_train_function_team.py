@@ -17,7 +17,7 @@ from keras_batchsize.update_graphs import UpdateGraphs
 from keras_batchsize.workers import Workers
 
 
-def team_of(model, examples, kept=None):
+def team_of(model, examples, kept=None, has_static_sizes=False):
     """Returns the `OneDevice` or the `Team` that trains a model.
 
     Args:
@@ -25,10 +25,11 @@ def team_of(model, examples, kept=None):
         examples: Function (superbatch, start, size) that returns a batch on
             one device.
         kept: The `KeptSteps` of earlier fits, or None.
+        has_static_sizes: Whether graphs of Keras would know batch sizes.
     """
     strategy = replicas.strategy_of(model)
     if strategy is None:
-        return OneDevice(examples, kept)
+        return OneDevice(examples, kept, has_static_sizes)
     return Team(strategy, examples)
 
 
@@ -38,23 +39,38 @@ class OneDevice:
     Args:
         examples: Function (superbatch, start, size) that returns a batch.
         kept: The `KeptSteps` of earlier fits, or None.
+        has_static_sizes: Whether graphs of Keras would know batch sizes, by
+            which they weight the losses of single outputs then.
     """
 
     replicated = False
     is_alone = True
 
-    def __init__(self, examples, kept=None):
+    def __init__(self, examples, kept=None, has_static_sizes=False):
         self._examples = examples
         self._kept = kept
+        self._has_static_sizes = has_static_sizes
 
     def next_of(self, iterator):
         """Returns the next superbatch of an iterator."""
         return slicing.without_optionals(next(iterator))
 
-    def make_graphs(self, model, base_batch_size, splits):
-        """Returns the `UpdateGraphs` of a model."""
+    def make_graphs(self, model, base_batch_size, splits, size_varies=False):
+        """Returns the `UpdateGraphs` of a model.
+
+        Args:
+            model: A compiled Keras model.
+            base_batch_size: B₀, in which the schedule's clock counts.
+            splits: Whether batches are cut, to accumulate or to measure.
+            size_varies: Whether the batch size may change.
+        """
         return UpdateGraphs(
-            model, base_batch_size, splits, self._examples, self._kept
+            model,
+            base_batch_size,
+            splits,
+            self._examples,
+            self._kept,
+            weighs_examples=size_varies or self._has_static_sizes,
         )
 
     def tell_cost_of(self, batch_size):
@@ -111,7 +127,7 @@ class Team:
         )
         return slicing.without_optionals(next(iterator))
 
-    def make_graphs(self, model, base_batch_size, splits):
+    def make_graphs(self, model, base_batch_size, splits, size_varies=False):
         """Returns the `ReplicaGraphs` of a model.
 
         Replicas split every batch; where one device would not, they measure
@@ -121,6 +137,7 @@ class Team:
             model: A compiled Keras model.
             base_batch_size: B₀, in which the schedule's clock counts.
             splits: Whether one device would split batches.
+            size_varies: Whether the batch size may change.
         """
         if model.jit_compile:
             warnings.warn(
@@ -130,7 +147,13 @@ class Team:
                 "jit_compile=False.",
                 stacklevel=2,
             )
-        return ReplicaGraphs(model, base_batch_size, splits, self._parts)
+        return ReplicaGraphs(
+            model,
+            base_batch_size,
+            splits,
+            self._parts,
+            weighs_examples=size_varies,
+        )
 
     def tell_cost_of(self, batch_size):
         """Says what a base batch size costs that is not shared evenly.

@@ -29,6 +29,7 @@ class TrainerBatchSize(DynamicBatchSize):
         self._takes_the_rest = superbatches.may_hold_more
         self._examples_per_epoch = superbatches.examples_per_epoch
         self._fewer = superbatches.fewer
+        self._has_static_sizes = superbatches.has_static_sizes
         self.examples = superbatches.examples
         self._controller = controller
 

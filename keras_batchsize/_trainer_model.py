@@ -124,8 +124,10 @@ class KeptProfile:
 def _compiled(model):
     """What `compile` sets, and what memory and time depend on."""
     return (
-        *(keras_private.compiled(model), model.optimizer),
-        *(bool(model.jit_compile), bool(model.run_eagerly)),
+        keras_private.compiled(model),
+        model.optimizer,
+        bool(model.jit_compile),
+        bool(model.run_eagerly),
     )
 
 

@@ -132,15 +132,32 @@ class BatchProfile:
         """Smallest size with 95 % of the best throughput, in examples.
 
         By the fitted step-time model, among the sizes that fit; the rest of a
-        batch beyond it costs memory and buys next to no speed.
+        batch beyond it costs memory and buys next to no speed. Where a size
+        was measured to be slower, it is larger than that one.
         """
         size = throughput.saturation_batch_size(self.step_time, SATURATION)
+        size = max(size, self._saturation_measured())
         smallest = min(self.rows[0].batch_size, self.max_batch_size)
         if not math.isfinite(size):
             return self.max_batch_size
         # `max_batch_size` is a multiple of the number of replicas, too.
         size = math.ceil(size / self.replicas) * self.replicas
         return min(max(size, smallest), self.max_batch_size)
+
+    def _saturation_measured(self):
+        """Returns where 95 % lie between a size that is slower and the next.
+
+        Zero if the smallest size is not slower.
+        """
+        wanted = SATURATION * self.best_examples_per_second
+        slow = None
+        for row in self.rows:
+            if not (row.fits and row.step_seconds):
+                continue
+            if row.examples_per_second >= wanted:
+                return _size_at(wanted, slow, row) if slow else 0
+            slow = row
+        return 0
 
     @property
     def best_examples_per_second(self):
@@ -273,3 +290,18 @@ class BatchProfile:
         """Reads what `save` wrote."""
         text = pathlib.Path(path).read_text(encoding="utf-8")
         return cls.from_dict(json.loads(text))
+
+
+def _size_at(speed, slow, fast):
+    """Returns the size of a throughput, by the line through two times.
+
+    Args:
+        speed: Examples per second, between those of the two.
+        slow: `ProfileRow` of a smaller size.
+        fast: `ProfileRow` of a larger one.
+    """
+    per_example = (fast.step_seconds - slow.step_seconds) / (
+        fast.batch_size - slow.batch_size
+    )
+    fixed = slow.step_seconds - per_example * slow.batch_size
+    return speed * fixed / (1.0 - speed * per_example)

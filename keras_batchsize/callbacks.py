@@ -82,6 +82,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
     _depth = 4
     # Whether the last step of an epoch takes all that is left.
     _takes_the_rest = False
+    # Whether graphs of plain `fit` would know the size of a batch.
+    _has_static_sizes = False
     # Where another callback saves backups, and how many examples an epoch has,
     # if that is known; and by how many it may have fewer.
     _backup_dir = _examples_per_epoch = None
@@ -178,6 +180,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
             epochs=self.params.get("epochs", 1),
             examples=self.examples,
             kept=self._kept_steps,
+            has_static_sizes=self._has_static_sizes,
         )
         function.on_decision.append(self._announce)
         function.on_epoch_end = self.on_epoch_end

@@ -45,7 +45,7 @@ class Accumulated(NamedTuple):
     weight: tf.Tensor
     examples: tf.Tensor
     count: tf.Tensor
-    logs: dict = {}
+    logs: dict
 
 
 class Part(NamedTuple):
@@ -76,10 +76,13 @@ class GradientAccumulator:
 
     Args:
         model: A compiled Keras model.
+        weighs_examples: Whether the losses of single outputs weigh updates by
+            their examples, not each alike.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, weighs_examples=False):
         self._model = model
+        self._weighs_examples = weighs_examples or model.run_eagerly
         self._kind = exactness.normaliser(model)
         self._with_gradient = set()
         # Logs besides the results of metrics, as zeros.
@@ -266,7 +269,7 @@ class GradientAccumulator:
         # As in Keras, which weights by a size that graphs do not know: each
         # batch alike, if there is one.
         weight = tf.cast(total.count > 0, tf.float32)
-        if self._model.run_eagerly:
+        if self._weighs_examples:
             weight = total.examples
         for index, tracker in enumerate(self._trackers()):
             mean = divide(total.output_losses[index], total.weight)

@@ -41,12 +41,16 @@ class ReplicaGraphs:
         base_batch_size: B₀, in which the schedule's clock counts.
         measures: Whether norms of gradients are wanted.
         parts: `Shares` or `Whole`: how replicas find their examples.
+        weighs_examples: Whether the losses of single outputs weigh updates by
+            their examples.
     """
 
     splits = True
     compiles = False
 
-    def __init__(self, model, base_batch_size, measures, parts):
+    def __init__(
+        self, model, base_batch_size, measures, parts, weighs_examples=False
+    ):
         # Whether shares differ by more than an example, as only a dataset
         # that a user distributes can make them.
         self.uneven = False
@@ -56,7 +60,7 @@ class ReplicaGraphs:
         self._base = base_batch_size
         self._strategy = model.distribute_strategy
         self._replicas = self._strategy.num_replicas_in_sync
-        self._gradients = ReplicatedGradients(model, measures)
+        self._gradients = ReplicatedGradients(model, measures, weighs_examples)
         self._eager = model.run_eagerly
         self._add = self._function(self._add_everywhere)
         self._apply = self._function(self._apply_everywhere)

@@ -57,7 +57,7 @@ class Row:
     Attributes:
         examples: Integer, examples seen in this `fit`, this superbatch
             included.
-        updates: Integer, optimizer updates made in it.
+        updates: Integer, optimizer updates made in this `fit` so far.
         epoch: Integer, the epoch, counted from zero.
         seconds: Float, seconds of this `fit` so far, validation excluded.
         batch_size: Integer, examples per update.

@@ -49,6 +49,8 @@ _RISE = 1.08
 _ENOUGH = 0.94
 # Steps that gain less are not worth a trial.
 _SMALLEST_GAIN = 1.05
+# While trials are left, one that takes less than so many seconds is worth less.
+_CHEAP_SECONDS, _CHEAP_ENOUGH, _CHEAP_GAIN = 1.5, 0.965, 1.02
 # Two sizes closer than this tell the noise of peaks, not their slope.
 _SLOPE_OVER = 1.5
 # Nor is a size that the time left shrinks to less than this.
@@ -176,7 +178,8 @@ def next_size(trials, bounds, seconds_left=math.inf):
         return _smaller(above, bounds, len(trials))
     if best.batch_size >= bounds.cap:
         return None, bounds.cap_reason
-    if _part_taken(best, bounds.usable_bytes) >= _ENOUGH:
+    enough, gain = _worth_a_trial(trials, best)
+    if _part_taken(best, bounds.usable_bytes) >= enough:
         return None, bounds.memory_reason
     if len(trials) >= MOST_TRIALS:
         return None, TRIALS
@@ -185,9 +188,17 @@ def next_size(trials, bounds, seconds_left=math.inf):
     else:
         wanted = _interpolated(trials, best, above, bounds)
     size = _rounded(min(wanted, bounds.cap), bounds)
-    if size < best.batch_size * _SMALLEST_GAIN and size < bounds.cap:
+    if size < best.batch_size * gain and size < bounds.cap:
         return None, bounds.memory_reason
     return _in_time(size, best, bounds, seconds_left)
+
+
+def _worth_a_trial(trials, best):
+    """Returns which part of the memory is enough, and which gain is not."""
+    left = MOST_TRIALS - len(trials)
+    if left > 1 and best.trial_seconds < _CHEAP_SECONDS:
+        return _CHEAP_ENOUGH, _CHEAP_GAIN
+    return _ENOUGH, _SMALLEST_GAIN
 
 
 def _smallest_that_does_not_fit(trials, usable_bytes):

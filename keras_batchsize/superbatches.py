@@ -58,6 +58,8 @@ class Superbatches(keras_private.DataAdapter):
     Attributes:
         base_batch_size: B₀, in examples.
         superbatch_size: Examples in a superbatch.
+        has_static_sizes: Whether graphs of plain `fit` would know the size of a
+            batch: all have the same, and Keras says so.
         steps_per_epoch: What to pass to Keras as `steps_per_epoch`.
     """
 
@@ -74,6 +76,7 @@ class Superbatches(keras_private.DataAdapter):
     ):
         self.base_batch_size = None
         self.superbatch_size = None
+        self.has_static_sizes = False
         self._strategy = model and replicas.strategy_of(model)
         self._arrays = arrays
         self._rows = rows
@@ -283,6 +286,7 @@ def make_superbatches(
     result = Superbatches(
         adapter, sizes, bounds, arrays, rows, model, data.copies, data.is_guess
     )
+    result.has_static_sizes = data.has_static_sizes(base)
     return _sized(result, base, size, steps_per_epoch)
 
 

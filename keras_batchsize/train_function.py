@@ -49,6 +49,7 @@ class AdaptiveTrainFunction:
         examples: Function (superbatch, start, size) that returns a batch as
             `train_step` receives it.
         kept: The `KeptSteps` of earlier fits, or None.
+        has_static_sizes: Whether graphs of plain `fit` would know batch sizes.
 
     Attributes:
         controller: The `Controller`; None before the first superbatch.
@@ -76,6 +77,7 @@ class AdaptiveTrainFunction:
         epochs=1,
         examples=slicing.examples,
         kept=None,
+        has_static_sizes=False,
     ):
         self.controller = None
         self.warmup_epochs = 0
@@ -94,12 +96,10 @@ class AdaptiveTrainFunction:
         self._model = model
         self._controller_for = controller_for
         self._place = Place(model)
-        self._team = team_of(model, examples, kept)
+        self._team = team_of(model, examples, kept, has_static_sizes)
         self._guard = MemoryGuard(model, self._team.is_alone)
         self._in_one_pass = self._pending = self._state = self._graphs = None
         self._has_warned = self._measures = False
-
-    # Taking and giving back the place in the model.
 
     def install(self):
         """Becomes the model's train function, also in place of another."""

@@ -188,7 +188,9 @@ class AdaptiveTrainer:
             class_weight=class_weight,
         )
         return self._fit(
-            *(superbatches, callbacks, verbose),
+            superbatches,
+            callbacks,
+            verbose,
             # Keras validates arrays by it; what it trains on is batched.
             batch_size=batch_size,
             epochs=epochs,

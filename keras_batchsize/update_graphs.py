@@ -21,10 +21,10 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import learning_rate
-from keras_batchsize import model_state
 from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize._update_graphs_steps import KeptSteps
+from keras_batchsize._update_graphs_steps import has_own_logs
 from keras_batchsize.learning_rate import RateInForce
 from keras_batchsize.measuring import PARTS
 
@@ -39,6 +39,8 @@ class UpdateGraphs:
         examples: Function (superbatch, start, size) that returns a batch as
             `train_step` receives it.
         kept: The `KeptSteps` of earlier fits, or None.
+        weighs_examples: Whether the losses of single outputs weigh updates by
+            their examples.
 
     Attributes:
         splits: Whether batches are cut.
@@ -51,17 +53,17 @@ class UpdateGraphs:
         splits,
         examples=slicing.examples,
         kept=None,
+        weighs_examples=False,
     ):
         self._model = model
         self._base = base_batch_size
         self._examples = examples
         self.splits = splits
-        steps = (kept or KeptSteps()).of(model, splits)
-        self._accumulator = steps.accumulator
         self._outputs = None
-        self._has_own_logs = _has_own_logs(model)
+        self._has_own_logs = has_own_logs(model)
         self._eager = model.run_eagerly
-        self._step, self._add = steps.whole, steps.part
+        self._steps = (kept or KeptSteps()).of(model, splits, weighs_examples)
+        self._accumulator = self._steps.accumulator
         self._plain = self._function(self._plain_loop)
         self._accumulate = self._function(self._accumulate_loop)
         self._measure = self._function(self._measure_loop)
@@ -122,17 +124,18 @@ class UpdateGraphs:
         if self._outputs is not None:
             return
         rate = RateInForce(
-            *(tf.constant(1.0), tf.constant(1.0)),
-            *(tf.constant(0, tf.int64), tf.constant(0, tf.int64)),
+            tf.constant(1.0),
+            tf.constant(1.0),
+            tf.constant(0, tf.int64),
+            tf.constant(0, tf.int64),
         )
         if self._eager:
             self._outputs = ()
             return
         specs = keras.tree.map_structure(slicing.batch_spec, data)
-        concrete = self._step.get_concrete_function(specs, rate)
         self._outputs = keras.tree.map_structure(
             lambda spec: tf.zeros(spec.shape, spec.dtype),
-            concrete.structured_outputs,
+            self._steps.build(specs, rate),
         )
         if self._accumulator is not None:
             self._accumulator.own_logs = self._own_logs()
@@ -194,7 +197,7 @@ class UpdateGraphs:
             if not static:
                 take = tf.minimum(batch_size, stop - position)
             batch = self._examples(data, position, take)
-            outputs = self._step(batch, rate.at(position, self._base))
+            outputs = self._steps.whole(batch, rate.at(position, self._base))
             return position + take, outputs if self._has_own_logs else ()
 
         if self._eager:
@@ -266,7 +269,7 @@ class UpdateGraphs:
                 missing = batch_size - total.examples
                 take = tf.minimum(micro, tf.minimum(missing, stop - position))
             batch = self._examples(data, position, take)
-            total = self._add(total, batch)
+            total = self._steps.part(total, batch)
             logs = self._accumulator.logs(total)
             end = position + take
             full = tf.logical_or(
@@ -283,10 +286,11 @@ class UpdateGraphs:
             )
             return end, row + tf.cast(full, tf.int32), began, total, norms, logs
 
+        zero = tf.constant(0)
         _, count, began, total, norms, logs = tf.while_loop(
             lambda position, *_: position < stop,
             body,
-            (*[tf.constant(0)] * 3, total, norms, total.logs),
+            (zero, zero, zero, total, norms, total.logs),
             parallel_iterations=1,
         )
         return (
@@ -338,7 +342,7 @@ class UpdateGraphs:
     def _measure_loop(self, data, part, parts):
         def body(index, total):
             batch = self._examples(data, index * part, part)
-            return index + 1, self._add(total, batch)
+            return index + 1, self._steps.part(total, batch)
 
         with self._accumulator.leaving_no_trace():
             _, total = tf.while_loop(
@@ -348,12 +352,6 @@ class UpdateGraphs:
                 parallel_iterations=1,
             )
             return self._accumulator.norms(total)
-
-
-def _has_own_logs(model):
-    """Whether a step may return other logs than the metrics' results."""
-    names = "train_step", "compute_metrics", "get_metrics_result"
-    return any(model_state.overrides(model, name) for name in names)
 
 
 @functools.lru_cache(maxsize=256)

@@ -115,8 +115,8 @@ def graphs(monkeypatch):
     made = []
 
     class Remembered(team.UpdateGraphs):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(self)
 
     monkeypatch.setattr(team, "UpdateGraphs", Remembered)

@@ -88,6 +88,18 @@ def test_saturation_stays_within_what_was_run():
     assert 1 <= one.saturation_batch_size <= 5
 
 
+def test_saturation_is_above_a_size_measured_to_be_slower():
+    # No line fits: 71, 231 and 276 examples per second.
+    times = {1: 0.01404, 47: 0.20337, 99: 0.35853}
+    rows = [row(size, step_seconds=times[size]) for size in times]
+    size = profile(rows=rows, max_batch_size=99).saturation_batch_size
+
+    best = 99 / times[99]
+    seconds = times[47] + (size - 47) / (99 - 47) * (times[99] - times[47])
+    assert 47 < size < 99
+    assert size / seconds == pytest.approx(0.95 * best, rel=5e-3)
+
+
 def test_saturation_is_a_multiple_of_the_replicas():
     for replicas in (2, 3, 7):
         most = 100 // replicas * replicas

@@ -189,7 +189,7 @@ def test_noise_scale_of_a_run_covers_the_truth():
     np.testing.assert_allclose(estimate.trace, noise_trace, rtol=0.1)
 
 
-# The traps of noise-scale.md, section 2.8.
+# What Keras does to gradients is undone before they are squared.
 
 
 def test_loss_scale_is_removed():

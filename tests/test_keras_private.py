@@ -624,9 +624,9 @@ def test_backup_and_restore_saves_in_one_method(tmp_path):
 # The facts that the design stands on (docs/design.md).
 
 
-def fact(name, consequence):
+def fact(consequence):
     return (
-        f"Fact {name} of docs/design.md no longer holds in Keras "
+        "What docs/design.md says of Keras no longer holds in Keras "
         f"{keras.__version__}. {consequence}"
     )
 
@@ -652,7 +652,7 @@ class Counts(keras.callbacks.Callback):
         self.iterations.append(int(self.model.optimizer.iterations))
 
 
-def test_k1_k2_varying_batches_lose_data_and_count_wrongly():
+def test_varying_batches_lose_data_and_count_wrongly():
     sizes = iter([32, 64, 16])
     x, y = comparing.regression(256)
 
@@ -674,28 +674,27 @@ def test_k1_k2_varying_batches_lose_data_and_count_wrongly():
             dataset, epochs=3, shuffle=False, verbose=0, callbacks=[counts]
         )
     assert counts.ended[0] == 8 and counts.ended[2] < 16, fact(
-        "K1",
         "If Keras counts the steps of each epoch anew, batches of varying "
         f"size need no superbatches. Steps per epoch: {counts.ended}.",
     )
     assert counts.begun[0] == counts.ended[0] + 1, fact(
-        "K2",
         "Data of unknown length began a batch that there was not. Begun: "
         f"{counts.begun}, ended: {counts.ended}.",
     )
 
 
-def test_k2_known_cardinality_is_exact():
+def test_known_cardinality_is_exact():
     counts = Counts()
     data = tf.data.Dataset.from_tensor_slices(comparing.regression(70))
     compiled(dense)().fit(
         data.batch(8), epochs=2, shuffle=False, verbose=0, callbacks=[counts]
     )
-    assert counts.begun == counts.ended == [9, 9], fact("K2", "")
-    assert counts.iterations == [9, 18], fact("K2", "")
+    message = fact("Steps of known cardinality are counted otherwise.")
+    assert counts.begun == counts.ended == [9, 9], message
+    assert counts.iterations == [9, 18], message
 
 
-def test_k3_fit_calls_the_train_function_it_finds():
+def test_fit_calls_the_train_function_it_finds():
     model = compiled(dense)()
     calls = []
 
@@ -712,14 +711,14 @@ def test_k3_fit_calls_the_train_function_it_finds():
         verbose=0,
         callbacks=[Installs()],
     )
-    message = fact("K3", "AdaptiveTrainFunction.install puts itself there.")
+    message = fact("AdaptiveTrainFunction.install puts itself there.")
     assert len(calls) == 4, message
     assert int(model.optimizer.iterations) == 0, message
     model.compile("sgd", "mse")
     assert model.train_function is None, message
 
 
-def test_k9_velocity_of_sgd_contains_the_rate():
+def test_velocity_of_sgd_contains_the_rate():
     optimizer = keras.optimizers.SGD(0.5, momentum=0.5)
     weight = keras.Variable([1.0])
     optimizer.apply([tf.constant([1.0])], [weight])
@@ -729,11 +728,11 @@ def test_k9_velocity_of_sgd_contains_the_rate():
     np.testing.assert_array_equal(
         optimizer.momentums[0],
         [-0.5],
-        fact("K9", "learning_rate.correct_momentum need not rescale it."),
+        fact("learning_rate.correct_momentum need not rescale it."),
     )
 
 
-def test_k11_progress_bar_in_callbacks_replaces_that_of_keras():
+def test_progress_bar_in_callbacks_replaces_that_of_keras():
     class Bar(keras.callbacks.ProgbarLogger):
         pass
 
@@ -746,7 +745,7 @@ def test_k11_progress_bar_in_callbacks_replaces_that_of_keras():
         for one in callbacks.callbacks
         if isinstance(one, keras.callbacks.ProgbarLogger)
     ]
-    assert bars == [bar], fact("K11", "ExamplesProgbarLogger stands beside it.")
+    assert bars == [bar], fact("ExamplesProgbarLogger stands beside it.")
 
 
 def test_input_layer_remembers_its_arguments():

@@ -296,6 +296,22 @@ def test_large_sizes_are_multiples_of_8_and_that_costs_little(size, larger):
     assert larger > 0.94 * 1.95 * size
 
 
+@pytest.mark.parametrize(
+    ("seconds", "made", "goes_on"),
+    [(1.4, 5, True), (1.4, 6, False), (1.6, 5, False)],
+)
+def test_only_cheap_trials_are_made_for_the_last_percent(
+    seconds, made, goes_on
+):
+    # 95 % are taken, where 94 are enough and 97.5 are aimed at.
+    trials = [
+        Trial(size, peak_bytes=size, trial_seconds=seconds)
+        for size in (95 - made + 1 + step for step in range(made))
+    ]
+    size, _ = size_search.next_size(trials, Bounds(usable_bytes=100))
+    assert size == (97 if goes_on else None)
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5, 7, 8, 12])
 @pytest.mark.parametrize("size", [84, 840, 8400])
 def test_rounding_costs_little_with_any_number_of_replicas(size, replicas):

@@ -197,8 +197,9 @@ def test_fit_moves_little_under_noise_and_a_hiccup():
 
     fit = throughput.fit_step_time(sizes, seconds)
 
-    # One of nine moves a median by one rank of nine: about 1 % here, and the
-    # intercept is four to forty times smaller than what it is a part of.
+    # One of nine moves a lower quartile by a fraction of a rank: less than 1 %
+    # here, and the intercept is four to forty times smaller than what it is a
+    # part of.
     assert fit.fixed == pytest.approx(calm.fixed, rel=0.05)
     assert fit.per_example == pytest.approx(calm.per_example, rel=0.05)
 

@@ -82,7 +82,7 @@ def test_accumulating_is_one_batch_with_several_outputs():
     def make(**options):
         return comparing.in_two_outputs(plain_momentum, **options)
 
-    data = comparing.for_two_outputs(150)
+    data = comparing.for_two_outputs(128)
     batch_size = 2 * SUPERBATCH
     ours = adaptive(
         make(jit_compile=True),
