@@ -161,11 +161,14 @@ def still_fits(profile, limit, safety_margin):
         limit: Bytes that there are now, None if not known.
         safety_margin: Share of them that stays free.
     """
-    peaks = [
-        row.peak_bytes
-        for row in profile.rows
-        if row.batch_size == profile.max_batch_size
-    ]
+    size = profile.max_batch_size
+    peaks = [row.peak_bytes for row in profile.rows if row.batch_size == size]
     if limit is None or peaks == [None]:
         return True
-    return max(peaks) <= limit * (1.0 - safety_margin)
+    usable = limit * (1.0 - safety_margin)
+    if profile.memory_limit and profile.usable_bytes:
+        if limit >= profile.memory_limit:
+            return True
+        # Of less memory as much has to stay free, for data and the like.
+        usable = profile.usable_bytes - (profile.memory_limit - limit)
+    return max(peaks) + profile.hole_per_example * size <= usable

@@ -67,7 +67,9 @@ def probe_in_process(model, examples, limits, accumulates):
     request = {
         **built,
         "objects": _own_objects(json.loads(json.dumps(built))),
+        # Attributes may have been set since `compile`.
         "jit_compile": bool(model.jit_compile),
+        "run_eagerly": bool(model.run_eagerly),
         "limits": vars(limits) | {"maximum": _finite(limits.maximum)},
         "accumulates": accumulates,
         "count": _finite(examples.count),

@@ -80,6 +80,7 @@ def _built(request):
         # Of the type it is not: it was built once, under the same policy.
         raise _memory_process.not_built_again(error) from error
     model.jit_compile = request["jit_compile"]
+    model.run_eagerly = request["run_eagerly"]
     return model
 
 

@@ -6,6 +6,7 @@ for without end.
 
 import hashlib
 import json
+import math
 
 import keras
 
@@ -49,6 +50,20 @@ def check_alike(model, examples, limits, **facts):
     del facts["memory_limit"]
     workers = Workers(model.distribute_strategy)
     workers.check_alike(distributed.described(model, facts))
+
+
+def least_limit(model, limits):
+    """Returns the smallest `memory_limit` of all workers, None if none has one.
+
+    Args:
+        model: A compiled Keras model.
+        limits: The `Limits` of this worker.
+    """
+    if replicas.workers(model) == 1:
+        return limits.memory_limit
+    workers = Workers(model.distribute_strategy)
+    (inverse,) = workers.largest([1.0 / (limits.memory_limit or math.inf)])
+    return round(1.0 / inverse) if inverse else None
 
 
 def shared_by_all(model, profile):

@@ -333,7 +333,8 @@ class Workload:
         self._meter.reset(self.resident_bytes)
         data, of_tail, of_validation = self._waiting(size), [], []
         if tail:
-            self._plain(next(data), tail, size)
+            # Training cuts it; plain `fit` compiles it as a batch of its own.
+            self._plain(next(data), tail, size if self._is_guarded else tail)
             self._note_peak(of_tail)
         held = self._held()
         _wait_for(self._validate(self._batch(size)))

@@ -150,7 +150,10 @@ def largest_by_default(model, base, examples, profile):
     if profile is not None and memory.on_accelerator():
         most = profile.largest_micro_batch_size * profile.replicas
         if math.isinf(most):
-            most = max(limit, profile.max_batch_size)
+            most = profile.max_batch_size
+            if replicas.workers(model) == 1:
+                # Running out is survived; the others of several would wait.
+                most = max(limit, most)
         limit = most
     return largest_on_ladder(base, limit, replicas.count(model))
 

@@ -18,7 +18,9 @@ import tensorflow as tf
 _TEXTS = re.compile(
     "out of memory|CUDA_ERROR_OUT_OF_MEMORY|RESOURCE_EXHAUSTED"
     "|failed to allocate|No algorithm worked|CUBLAS_STATUS_ALLOC_FAILED"
-    "|CUDNN_STATUS_ALLOC_FAILED|Failed to load in-memory CUBIN",
+    "|CUDNN_STATUS_ALLOC_FAILED|Failed to load in-memory CUBIN"
+    # A copy to the device for which there was no room.
+    "|Dst tensor is not initialized",
     re.IGNORECASE,
 )
 _CLASSES = (

@@ -49,6 +49,7 @@ from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
 from keras_batchsize._memory_process import probe_in_process
 from keras_batchsize._memory_workers import check_alike
+from keras_batchsize._memory_workers import least_limit
 from keras_batchsize._memory_workers import shared_by_all
 from keras_batchsize._memory_workload import Workload
 from keras_batchsize._memory_workload import build_layers
@@ -133,11 +134,11 @@ def find_max_batch_size(
     check_folder(cache)
     check_probed(model)
     limits.check_replicas(replicas.count(model))
-    _check_weights(model, limits)
     with _keras_private_random.states_kept():
         examples = read_examples(model, x, y, sample_weight)
     asked = {"accumulates": bool(accumulates), "cache": cache is not None}
     check_alike(model, examples, limits, **asked)
+    _check_weights(model, limits)
     path = None
     if cache is not None:
         device = ", ".join(devices_of(model))
@@ -313,18 +314,18 @@ def _check_weights(model, limits):
     """Raises, before the model is touched, if its weights do not fit.
 
     Those of a model that is not built show when the probe has built it, which
-    cannot be undone.
+    cannot be undone. On several workers all of them raise.
     """
     needed = exhaustion.bytes_of(model_state.variables_of(model))
-    usable = (limits.memory_limit or math.inf) * (1.0 - limits.safety_margin)
+    least = least_limit(model, limits)
+    usable = (least or math.inf) * (1.0 - limits.safety_margin)
     if needed >= usable:
         raise NothingFits(
             "`memory_limit` must leave room for a batch: weights, optimizer "
             f"slots and metrics alone take {megabytes(needed)} MB, of which "
             f"{megabytes(usable)} MB may be used. Received: "
-            f"memory_limit={limits.memory_limit}, "
-            f"safety_margin={limits.safety_margin}. Raise `memory_limit`, or "
-            "use a smaller model."
+            f"memory_limit={least}, safety_margin={limits.safety_margin}. "
+            "Raise `memory_limit`, or use a smaller model."
         )
 
 

@@ -60,6 +60,17 @@ def error_with_other_data(model):
         return str(error)
 
 
+def error_with_less_memory(model):
+    """Returns the error where the weights do not fit on one worker."""
+    limit = 1000 if INDEX == 1 else None
+    try:
+        kb.find_max_batch_size(
+            model, *comparing.regression(64), memory_limit=limit
+        )
+    except ValueError as error:
+        return str(error)
+
+
 def main():
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
@@ -86,6 +97,7 @@ def main():
         "weights": hashlib.sha256(weights).hexdigest(),
         "kept": kept(model),
         "error": error_with_other_data(model),
+        "too_small": error_with_less_memory(model),
     }
     sys.stdout.write(json.dumps(outcome) + "\n")
 

@@ -1,5 +1,6 @@
 """Kept profiles: what makes a model another one, and what does not."""
 
+import dataclasses
 import functools
 import os
 import platform
@@ -169,6 +170,22 @@ def test_what_is_computed_twice_makes_another_model():
 )
 def test_a_profile_holds_where_there_is_the_memory_it_takes(limit, expected):
     assert _memory_cache.still_fits(FOUND, limit, 0.05) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(1000, True), (990, True), (989, False)]
+)
+def test_a_profile_holds_where_a_trial_would_still_fit(limit, expected):
+    # Of 1000 bytes 780 may be used: margin, data, what is lost. 730 were, and
+    # 10 for each of 4 examples stay free for fragments.
+    found = dataclasses.replace(
+        FOUND,
+        rows=[ProfileRow(4, 730, None, 0.1, True)],
+        memory_limit=1000,
+        usable_bytes=780,
+        hole_per_example=10.0,
+    )
+    assert _memory_cache.still_fits(found, limit, 0.05) == expected
 
 
 def test_a_limit_that_is_given_does_not_hide_what_is_left(probes, monkeypatch):

@@ -104,6 +104,7 @@ def test_two_workers_agree_on_what_the_smaller_one_takes(tmp_path):
     _, probed, kept = first["kept"]
     assert probed == kept
     assert "examples=64 on worker 0, examples=56 on" in first["error"]
+    assert "memory_limit=1000," in first["too_small"]
 
 
 def model_of(activation="relu", optimizer="adam", width=32):

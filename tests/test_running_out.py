@@ -432,6 +432,12 @@ def test_backup_is_named_whoever_makes_it(kind, tmp_path):
         (MemoryError(), True),
         (tf.errors.InternalError(None, None, "CUDA_ERROR_OUT_OF_MEMORY"), True),
         (tf.errors.UnknownError(None, None, "Failed to allocate 4 B"), True),
+        (
+            tf.errors.InternalError(
+                None, None, "Failed copying: Dst tensor is not initialized."
+            ),
+            True,
+        ),
         (tf.errors.InternalError(None, None, "Blas GEMM failed"), False),
         (ValueError("out of memory"), False),
         (tf.errors.InvalidArgumentError(None, None, "out of memory"), False),

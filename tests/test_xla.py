@@ -150,17 +150,22 @@ def test_what_is_cut_after_a_probe_stays_compiled(graphs, monkeypatch):
     assert graphs[0]._accumulate_xla.experimental_get_tracing_count() == 1
 
 
-def test_the_ragged_tail_is_probed_as_it_is_trained():
+@pytest.mark.parametrize("by_the_trainer", [False, True])
+def test_the_ragged_tail_is_probed_as_it_is_trained(by_the_trainer):
     model = momentum(jit_compile=True)()
     examples = read_examples(model, *comparing.regression(BASE))
-    with Workload(model, examples, FakeMeter(None), False) as workload:
+    with Workload(
+        model, examples, FakeMeter(None), by_the_trainer
+    ) as workload:
         graphs = workload._graphs
         workload.train(BASE)
         assert graphs.traces == 1
         workload.finish_epoch(BASE, 3)
-        # As in training, `test_fixed_size_equals_plain_fit`.
+        # As in training, `test_fixed_size_equals_plain_fit`; plain `fit`
+        # compiles it.
         assert graphs.traces == 2
-        assert graphs._plain.experimental_get_tracing_count() == 1
+        without_xla = graphs._plain.experimental_get_tracing_count()
+        assert without_xla == by_the_trainer
 
 
 def test_half_precision_equals_plain_fit():
