@@ -274,7 +274,17 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
         # Too late in this process, which has begun to compute.
         setter = f"set_{name}_op_parallelism_threads"
         monkeypatch.setattr(tf.config.threading, setter, lambda _: None)
+    built = _memory_worker._built
+
+    def build(request):
+        model = built(request)
+        seen.append(model.run_eagerly)
+        return model
+
+    monkeypatch.setattr(_memory_worker, "_built", build)
     model = model_of()
+    # Not an argument of `compile`.
+    model.run_eagerly = True
     before = keras.config.floatx(), keras.config.image_data_format()
     try:
         keras.config.set_floatx("float64")
@@ -285,7 +295,7 @@ def test_a_child_process_has_the_settings_of_keras(monkeypatch):
         keras.config.set_floatx(before[0])
         keras.config.set_image_data_format(before[1])
         keras.config.set_dtype_policy("float32")
-    assert seen == ["float64", "channels_first", "mixed_bfloat16"]
+    assert seen == ["float64", "channels_first", "mixed_bfloat16", True]
 
 
 def test_a_policy_that_does_not_run_in_a_child_process_says_so(in_name_only):
