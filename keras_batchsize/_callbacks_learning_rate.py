@@ -9,6 +9,7 @@ from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
 from keras_batchsize._callbacks_base import train_function_of
+from keras_batchsize._callbacks_clock import LastClock
 from keras_batchsize.controller import Controller
 from keras_batchsize.plan import Ladder
 from keras_batchsize.train_function import AdaptiveTrainFunction
@@ -72,6 +73,7 @@ class LearningRateScaling(keras.callbacks.Callback):
         self.momentum_correction = momentum_correction
         self._static = None
         self._attached = False
+        self._last_clock = LastClock()
 
     def on_train_begin(self, logs=None):
         """Forgets an earlier training."""
@@ -107,6 +109,7 @@ class LearningRateScaling(keras.callbacks.Callback):
                 "was meant for and the `batch_size` given to `fit`, or add "
                 "kb.DynamicBatchSize()."
             )
+        requirements.warn_of_lost_executions(self.model)
         function = AdaptiveTrainFunction(
             self.model,
             self._static_controller,
@@ -130,9 +133,11 @@ class LearningRateScaling(keras.callbacks.Callback):
             )
         number = replicas.count(self.model)
         ladder = Ladder(size, size, size, replicas=number)
-        return Controller(
+        controller = Controller(
             policies.Fixed(), ladder, size, None, replicas=number
         )
+        self._last_clock.tell(self.model, controller)
+        return controller
 
     def on_epoch_end(self, epoch, logs=None):
         """Gives the momentum back, for those who save it."""
@@ -143,7 +148,9 @@ class LearningRateScaling(keras.callbacks.Callback):
         """Gives the model back as it was."""
         if self._static is not None:
             self._static.uninstall()
+            self._last_clock.note(self.model, self._static.controller)
 
     def __getstate__(self):
         """Leaves graphs out: a copy can train, but not go on with them."""
-        return {**vars(self), "_static": None, "_attached": False}
+        left_out = {"_static": None, "_last_clock": LastClock()}
+        return {**vars(self), **left_out, "_attached": False}

@@ -61,11 +61,10 @@ class Steps:
         Returns:
             What it returns, as nested specs.
         """
-        trackers = keras_private.output_loss_metrics(self._model)
+        before = len(keras_private.output_loss_metrics(self._model))
         concrete = self.whole.get_concrete_function(batch, rate)
-        made = keras_private.output_loss_metrics(self._model)
-        if len(made) > len(trackers):
-            # That trace made them, so that it could not weigh.
+        if len(keras_private.output_loss_metrics(self._model)) > before:
+            # A trace that makes the metrics cannot weigh them.
             self.whole = self._function(self._one_step)
         return concrete.structured_outputs
 

@@ -18,6 +18,7 @@ from keras_batchsize import requirements
 from keras_batchsize import slicing
 from keras_batchsize._callbacks_backup import BackupAndRestore
 from keras_batchsize._callbacks_base import settings_of
+from keras_batchsize._callbacks_clock import LastClock
 from keras_batchsize._callbacks_learning_rate import LearningRateScaling
 from keras_batchsize._callbacks_memory import MemoryProbe
 from keras_batchsize._callbacks_progress import ExamplesProgbarLogger
@@ -108,6 +109,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         self.report = None
         self._train_function = None
         self._kept_steps = KeptSteps()
+        self._last_clock = LastClock()
         self._has_ended = False
         self.make_ladder(math.inf)
 
@@ -157,13 +159,15 @@ class DynamicBatchSize(keras.callbacks.Callback):
         measure = self.measure_every
         if measure == "auto" and not self.policy.needs_noise:
             measure = None
-        return Controller(
+        controller = Controller(
             self.policy,
             self.make_ladder(fitting),
             fitting,
             measure,
             replicas=replicas.count(self.model),
         )
+        self._last_clock.tell(self.model, controller)
+        return controller
 
     def examples(self, superbatch, start, size):
         """Returns so many examples of a superbatch, from `start` on."""
@@ -266,13 +270,14 @@ class DynamicBatchSize(keras.callbacks.Callback):
         if function is None:
             return
         function.uninstall()
+        self._last_clock.note(self.model, function.controller)
         if function.controller is not None:
             self._complete_report(function)
 
     def __getstate__(self):
         """Leaves graphs out: a copy can train, but not go on with them."""
         left_out = {"_train_function": None, "_kept_steps": KeptSteps()}
-        return {**vars(self), **left_out}
+        return {**vars(self), **left_out, "_last_clock": LastClock()}
 
     def _announce(self, change):
         """Prints and records a change of the size."""

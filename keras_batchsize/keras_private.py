@@ -107,8 +107,9 @@ def fixed_batch_size(model):
     for tensor in keras.tree.flatten(getattr(model, "inputs", None) or []):
         if tensor.shape and tensor.shape[0] is not None:
             layer = tensor._keras_history.operation
-            given = layer._auto_config.config
-            by_data = given["batch_size"] is None and given["dtype"] is not None
+            # None where Keras keeps no arguments: a user stated them.
+            given = layer._auto_config and layer._auto_config.config
+            by_data = given and given["batch_size"] is None and given["dtype"]
             if not (isinstance(model, keras.Sequential) and by_data):
                 return tensor.shape[0]
     return None

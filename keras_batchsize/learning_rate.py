@@ -174,11 +174,13 @@ def effective_rate(optimizer, rate):
         rate: A `RateInForce`.
 
     Returns:
-        Scalar float32 tensor; NaN without an optimizer.
+        Scalar float32 tensor; NaN without an optimizer, or where none is
+        known yet.
     """
-    if optimizer is None:
+    inside = [] if optimizer is None else optimizers_inside(optimizer)
+    if not inside:
         return tf.constant(float("nan"))
-    held = keras_private.held_learning_rate(optimizers_inside(optimizer)[0])
+    held = keras_private.held_learning_rate(inside[0])
     base = base_rate(held, rate.base_step)
     return tf.cast(base, tf.float32) * rate.factor
 

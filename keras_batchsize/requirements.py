@@ -43,6 +43,13 @@ def check_model(model):
             f"an update is. Received: model={model.name!r}, not compiled. "
             'Call model.compile(optimizer="adam", loss=...) first.'
         )
+    if model_state.overrides(model, "make_train_function"):
+        raise ValueError(
+            "`make_train_function` must be that of Keras: here another train "
+            "function takes its place, which calls `train_step`. Received: "
+            f"{type(model).__name__} with one of its own. Override "
+            "`train_step` instead."
+        )
     _check_optimizer(model.optimizer)
     _check_strategy(model)
 
@@ -245,6 +252,25 @@ def warn_of_steps_per_execution(model, stacklevel):
         "steps_per_execution=1.",
         stacklevel=stacklevel + 1,
     )
+
+
+def warn_of_lost_executions(model):
+    """Warns that `steps_per_execution` has no effect where no batch is cut.
+
+    Args:
+        model: A compiled Keras model.
+    """
+    steps = model.steps_per_execution
+    if steps > 1:
+        warnings.warn(
+            "`steps_per_execution` has no effect with a static "
+            "`LearningRateScaling`: the rate is set before each call. "
+            f"Received: steps_per_execution={steps}. Compile with "
+            "steps_per_execution=1, or use AdaptiveTrainer(model, "
+            '"fixed"), which makes many updates in one call.',
+            # From here through three functions of ours and three of Keras.
+            stacklevel=8,
+        )
 
 
 def _refuse_size(size, batches, cause=None):

@@ -349,8 +349,8 @@ class AdaptiveTrainFunction:
         self._set_factor(self._next_factor())
         plan, rate = self.controller.plan, self._rate(self.factor)
         self._in_one_pass = plan.micro_batch_size
-        if self._graphs.compiles and total != self.controller.superbatch_size:
-            # XLA makes a graph per shape: all superbatches get the same.
+        if self._graphs.compiles and total < self.controller.superbatch_size:
+            # XLA makes a graph per shape: all but larger ones get the same.
             data = slicing.padded(data, self.controller.superbatch_size)
         if plan.accumulation_steps > 1 or self._team.replicated:
             return self._accumulate(data, total, plan, rate)

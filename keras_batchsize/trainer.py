@@ -1,5 +1,6 @@
 """`AdaptiveTrainer`: a Keras `fit` whose batch size follows the noise."""
 
+from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import distributed
 from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
@@ -178,6 +179,8 @@ class AdaptiveTrainer:
         """
         data = x, y, sample_weight
         if validation_split and validation_data is None:
+            if _arrays.is_arrays(x):
+                _arrays.count(*data)  # Cut alike, they would not differ.
             data, validation_data = _split(data, validation_split)
         self._probe_first(*data, batch_size, steps_per_epoch)
         superbatches = self._superbatches(

@@ -34,7 +34,9 @@ def regressor(rate=0.05):
 
 
 def schedule(sizes):
-    return kb.policies.BatchSizeSchedule(lambda epoch: sizes[epoch])
+    return kb.policies.BatchSizeSchedule(
+        lambda epoch: sizes[min(epoch, len(sizes) - 1)]
+    )
 
 
 def fit(callbacks, model=None, batch_size=SUPERBATCH, **arguments):
@@ -97,6 +99,30 @@ def test_callbacks_train_as_the_trainer_does_in_any_order():
     assert_equal(first, model)
     with pytest.raises(AssertionError):
         assert_equal(first, unscaled)
+
+
+@pytest.mark.parametrize(
+    "make_callbacks",
+    [
+        lambda: [kb.LearningRateScaling("linear", BASE, SUPERBATCH)],
+        lambda: [dynamic(schedule([16])), kb.LearningRateScaling("linear")],
+    ],
+    ids=["static", "dynamic"],
+)
+def test_a_schedule_goes_on_in_a_second_fit(make_callbacks):
+    def train(*epochs):
+        model = comparing.seeded(
+            lambda: regressor(
+                rate=keras.optimizers.schedules.PolynomialDecay(0.05, 30, 0.0)
+            )
+        )
+        callbacks = make_callbacks()
+        for number in epochs:
+            fit(callbacks, model, epochs=number)
+        return model
+
+    # By the examples seen: updates are of 16 or 32, the schedule counts 8.
+    assert_equal(train(2), train(1, 1))
 
 
 def test_the_rate_may_belong_to_another_size_than_the_first():

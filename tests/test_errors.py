@@ -36,6 +36,13 @@ def regressor(**options):
     return compiled(dense(), **options)
 
 
+class OwnTrainFunction(keras.Sequential):
+    """Is not trained by `train_step`."""
+
+    def make_train_function(self, force=False):
+        self.train_function = lambda iterator: {"loss": 0.0}
+
+
 class OwnStep(keras.Model):
     """Computes its gradients where nobody can see them."""
 
@@ -169,6 +176,15 @@ ON_TRAINER = [
         "`model` must be compiled",
         "not compiled",
         "Call model.compile(",
+    ),
+    Mistake(
+        "own-train-function",
+        lambda: kb.AdaptiveTrainer(
+            compiled(OwnTrainFunction([keras.layers.Dense(1)]))
+        ),
+        "`make_train_function` must be that of Keras",
+        "OwnTrainFunction with one of its own",
+        "Override `train_step`",
     ),
     Mistake(
         "without-optimizer",
@@ -454,6 +470,13 @@ ON_DATA = [
     Mistake(
         "x-and-y-differ",
         lambda: fit(y=Y[:-1]),
+        "All arrays must hold the same number of examples",
+        "x of 70, y of 69 examples",
+        "first 69 of each",
+    ),
+    Mistake(
+        "x-and-y-differ-before-they-are-split",
+        lambda: fit(y=Y[:-1], validation_split=0.2),
         "All arrays must hold the same number of examples",
         "x of 70, y of 69 examples",
         "first 69 of each",
@@ -952,7 +975,8 @@ def stateful():
 
 def indifferent():
     """States a batch size, and takes any."""
-    inputs = keras.Input(batch_shape=(BASE, *X.shape[1:]))
+    # Of arguments that are no plain values Keras takes no note.
+    inputs = keras.Input(batch_shape=(BASE, *X.shape[1:]), dtype=tf.float32)
     return keras.Model(inputs, keras.layers.Dense(1)(inputs))
 
 

@@ -1335,7 +1335,14 @@ def by_callback(model):
     model.fit(X, Y, batch_size=16, epochs=2, callbacks=[sizes], verbose=0)
 
 
-@pytest.mark.parametrize("train", [by_trainer, by_callback])
+def by_static_callback(model):
+    rate = kb.LearningRateScaling("linear", BASE, 16)
+    model.fit(X, Y, batch_size=16, epochs=2, callbacks=[rate], verbose=0)
+
+
+@pytest.mark.parametrize(
+    "train", [by_trainer, by_callback, by_static_callback]
+)
 def test_steps_per_execution_is_superseded_and_said_to_be(train):
     with pytest.warns(UserWarning) as caught:
         train(slow())

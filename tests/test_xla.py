@@ -168,6 +168,69 @@ def test_the_ragged_tail_is_probed_as_it_is_trained(by_the_trainer):
         assert without_xla == by_the_trainer
 
 
+class Buckets(keras.utils.PyDataset):
+    """Batches of sequences, each of another length and number."""
+
+    num_batches = 2
+
+    def __getitem__(self, index):
+        number, length = ((4, 3), (8, 5))[index]
+        y = np.arange(number, dtype="float32")[:, None]
+        return np.ones((number, length, 1), "float32"), y
+
+
+def test_batches_larger_than_the_first_are_trained_on_as_a_whole():
+    def train(jit_compile):
+        inputs = keras.Input((None, 1))
+        mean = keras.layers.GlobalAveragePooling1D()(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(1)(mean))
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        return model
+
+    histories = [
+        adaptive(
+            lambda: train(jit_compile),
+            Buckets(),
+            policy="fixed",
+            batch_size=None,
+            shuffle=False,
+            superbatch_size=None,
+        ).history["loss"]
+        for jit_compile in (False, True)
+    ]
+    np.testing.assert_allclose(*histories, rtol=RTOL)
+
+
+class WithExtra(keras.Model):
+    """Logs more than the results of its metrics."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, "extra": 1.0}
+
+
+def test_own_logs_have_the_losses_of_outputs_over_the_epoch():
+    def make():
+        model = comparing.two_outputs()
+        model = WithExtra(model.inputs, model.outputs)
+        model.compile(
+            "sgd",
+            ["mse", "sparse_categorical_crossentropy"],
+            jit_compile=True,
+        )
+        return model
+
+    x, y = comparing.for_two_outputs(64)
+    history = adaptive(make, x, [*y.values()], policy="fixed").history
+    names = [one for one in history if one.endswith("_loss")]
+    assert len(names) == 2
+    np.testing.assert_allclose(
+        np.sum([history[one] for one in names], axis=0),
+        history["loss"],
+        rtol=1e-6,
+    )
+
+
 def test_half_precision_equals_plain_fit():
     def make(**options):
         return compiled(
