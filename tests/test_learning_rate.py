@@ -518,6 +518,12 @@ def test_auto_looks_inside_of_optimizers_that_hold_others():
     assert learning_rate.rule_for(half) == "linear"
 
 
+def test_the_rate_of_optimizers_not_made_yet_is_not_known():
+    unknown = optimizers.MultiOptimizer(lambda variable: optimizers.SGD(0.1))
+    rate = learning_rate.rate_in_force(2.0, 2.0, 0, 0)
+    assert np.isnan(learning_rate.effective_rate(unknown, rate))
+
+
 # Warm-up.
 
 
