@@ -277,8 +277,8 @@ def make_superbatches(
     sizes = _cut_to(data, size, epoch, steps_per_epoch)
     if is_arrays:
         # "batch" shuffles within batches, so these must be the base ones.
-        size_read = base if shuffle == "batch" else sizes[0]
-        adapter = adapter_for(x, y, sample_weight, size_read, shuffle=shuffle)
+        read = base if shuffle == "batch" else sizes[0]
+        adapter = adapter_for(x, y, sample_weight, read, shuffle=shuffle)
         order = data.examples, sizes, shuffle, base
         arrays, rows = _arrays.at_hand(model, adapter, *order)
         if steps_per_epoch is None and shuffle != "batch":
@@ -286,8 +286,7 @@ def make_superbatches(
     result = Superbatches(
         adapter, sizes, bounds, arrays, rows, model, data.copies, data.is_guess
     )
-    result.has_static_sizes = data.has_static_sizes(base)
-    return _sized(result, base, size, steps_per_epoch)
+    return _sized(result, base, size, steps_per_epoch, data)
 
 
 def _cut_to(data, size, epoch, steps_per_epoch):
@@ -334,7 +333,8 @@ def _dealt_out_already(model, x, batch_size, steps_per_epoch):
     return _sized(result, base, size, steps_per_epoch)
 
 
-def _sized(result, base, size, steps_per_epoch):
+def _sized(result, base, size, steps_per_epoch, data=None):
+    result.has_static_sizes = data is not None and data.has_static_sizes(base)
     result.base_batch_size, result.superbatch_size = base, size
     if steps_per_epoch is not None:
         result.count_steps(math.ceil(steps_per_epoch * base / size))

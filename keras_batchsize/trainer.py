@@ -26,7 +26,12 @@ from keras_batchsize.superbatches import make_superbatches
 from keras_batchsize.train_function import VariablesFreed
 from keras_batchsize.update_graphs import KeptSteps
 
-_split = keras_private.train_validation_split
+
+def _split(data, share):
+    """Returns what to train and what to validate on, as `Model.fit` does."""
+    if _arrays.is_arrays(data[0]):
+        _arrays.count(*data)  # Once cut alike they would not differ.
+    return keras_private.train_validation_split(data, share)
 
 
 class AdaptiveTrainer:
@@ -179,8 +184,6 @@ class AdaptiveTrainer:
         """
         data = x, y, sample_weight
         if validation_split and validation_data is None:
-            if _arrays.is_arrays(x):
-                _arrays.count(*data)  # Cut alike, they would not differ.
             data, validation_data = _split(data, validation_split)
         self._probe_first(*data, batch_size, steps_per_epoch)
         superbatches = self._superbatches(
@@ -191,9 +194,7 @@ class AdaptiveTrainer:
             class_weight=class_weight,
         )
         return self._fit(
-            superbatches,
-            callbacks,
-            verbose,
+            superbatches, callbacks, verbose,
             # Keras validates arrays by it; what it trains on is batched.
             batch_size=batch_size,
             epochs=epochs,

@@ -286,11 +286,10 @@ class UpdateGraphs:
             )
             return end, row + tf.cast(full, tf.int32), began, total, norms, logs
 
-        zero = tf.constant(0)
         _, count, began, total, norms, logs = tf.while_loop(
             lambda position, *_: position < stop,
             body,
-            (zero, zero, zero, total, norms, total.logs),
+            (*[tf.constant(0)] * 3, total, norms, total.logs),
             parallel_iterations=1,
         )
         return (

@@ -476,7 +476,9 @@ ON_DATA = [
     ),
     Mistake(
         "x-and-y-differ-before-they-are-split",
-        lambda: fit(y=Y[:-1], validation_split=0.2),
+        lambda: kb.AdaptiveTrainer(trained()).fit(
+            X, Y[:-1], validation_split=0.2
+        ),
         "All arrays must hold the same number of examples",
         "x of 70, y of 69 examples",
         "first 69 of each",
