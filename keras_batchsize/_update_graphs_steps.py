@@ -77,7 +77,8 @@ class Steps:
             weighs_examples: As for the constructor.
         """
         if weighs_examples != self._weighs_examples:
-            return False
+            if keras_private.output_loss_metrics(model):
+                return False
         if splits and self.accumulator is None:
             return False
         now = _what_is_traced(model)
