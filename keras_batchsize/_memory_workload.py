@@ -4,7 +4,6 @@ Not a copy of it: `update_graphs`, which training goes through, makes updates
 and accumulates gradients; the model's own `test_step` validates.
 """
 
-import functools
 import itertools
 import math
 import time
@@ -14,11 +13,10 @@ import tensorflow as tf
 
 from keras_batchsize import exactness
 from keras_batchsize import exhaustion
-from keras_batchsize import keras_private
 from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize import slicing
-from keras_batchsize._memory_forward import can_be_called
+from keras_batchsize._memory_building import build_layers
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_forward import is_called_once
 from keras_batchsize._memory_snapshot import Snapshot
@@ -94,12 +92,6 @@ class Workload:
             self.forward = forward_of(
                 model, self._examples.one, training=not self._replicated
             )
-        if not model.optimizer.built:
-            # An eager step makes them when it runs.
-            with keras.name_scope(
-                model.optimizer.name, caller=model.optimizer
-            ):
-                model.optimizer.build(model.trainable_variables)
         self._snapshot.add_variables()
         if self._accumulates and not self._replicated:
             self._accumulates = self._can_be_split()
@@ -360,30 +352,3 @@ def _wait_for(logs):
     """Waits until the device has computed a result."""
     for value in keras.tree.flatten(logs):
         keras.ops.convert_to_numpy(value)
-
-
-def build_layers(model, example):
-    """Builds what `fit` would build when it traces its first step.
-
-    Before anything is snapshot: initializers draw seeds while they are made,
-    and `fit`, which then finds the layers built, draws none.
-
-    Args:
-        model: A Keras model.
-        example: A batch of one example.
-    """
-    if all(layer.built for layer in keras_private.flatten_layers(model)):
-        return
-    if not can_be_called(model):
-        return  # Its own step builds what it calls.
-    if replicas.strategy_of(model) is not None:
-        # Mirrored variables cannot be made inside a graph.
-        keras_private.build_symbolically(model, example)
-        return
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(example)
-    call = functools.partial(model, training=False)
-    if model.run_eagerly:
-        call(x)
-        return
-    spec = keras.tree.map_structure(slicing.batch_spec, x)
-    tf.function(call, autograph=False).get_concrete_function(spec)

@@ -13,6 +13,7 @@ Separation of concerns:
 - `_memory_meters.py`, `_memory_host.py`: how memory is read.
 - `_memory_workload.py`: the step, the same that training takes.
 - `_memory_validation.py`: validation, where a model has one.
+- `_memory_building.py`: variables are made as `fit` would make them.
 - `_memory_snapshot.py`: everything is put back, bit for bit.
 - `_memory_examples.py`: a few examples of any input.
 - `batch_profile.py`: the result.
@@ -31,6 +32,7 @@ from keras_batchsize import model_state
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._batch_profile_text import megabytes
+from keras_batchsize._memory_building import build_layers
 from keras_batchsize._memory_cache import check_folder
 from keras_batchsize._memory_cache import keep
 from keras_batchsize._memory_cache import load
@@ -52,7 +54,6 @@ from keras_batchsize._memory_workers import check_alike
 from keras_batchsize._memory_workers import least_limit
 from keras_batchsize._memory_workers import shared_by_all
 from keras_batchsize._memory_workload import Workload
-from keras_batchsize._memory_workload import build_layers
 from keras_batchsize.superbatches import base_batch_size_of
 
 __all__ = [

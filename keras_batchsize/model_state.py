@@ -33,6 +33,23 @@ def optimizers_of(model):
     return found
 
 
+def all_optimizers_of(model):
+    """Returns all optimizers of a model and of the models that it holds.
+
+    Args:
+        model: A Keras model.
+
+    Returns:
+        Dict from names, such as `optimizer` or `critic.optimizer`, to
+        optimizers.
+    """
+    found = optimizers_of(model)
+    for inside, one in models_inside(model):
+        for name, optimizer in optimizers_of(one).items():
+            found[f"{inside}.{name}"] = optimizer
+    return found
+
+
 def models_inside(model):
     """Returns the models that a model holds as layers, by what it calls them.
 
@@ -83,9 +100,8 @@ def variables_of(model):
     everything = [*model.variables]
     for metric in metrics_of(model):
         everything += metric.variables
-    for one in [model, *(inside for _, inside in models_inside(model))]:
-        for optimizer in optimizers_of(one).values():
-            everything += optimizer.variables
+    for optimizer in all_optimizers_of(model).values():
+        everything += optimizer.variables
     return list({id(one): one for one in everything}.values())
 
 
