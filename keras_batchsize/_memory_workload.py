@@ -19,6 +19,7 @@ from keras_batchsize import slicing
 from keras_batchsize._memory_building import build_layers
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_forward import is_called_once
+from keras_batchsize._memory_scale import lower_loss_scales
 from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize._memory_validation import validation_step
 from keras_batchsize._train_function_memory import changed_by_training
@@ -93,6 +94,7 @@ class Workload:
                 model, self._examples.one, training=not self._replicated
             )
         self._snapshot.add_variables()
+        lower_loss_scales(model)
         if self._accumulates and not self._replicated:
             self._accumulates = self._can_be_split()
         self._validate = self._validation_step()
@@ -154,6 +156,7 @@ class Workload:
     def restore_values(self):
         """Puts the model's values back; the probe goes on."""
         self._snapshot.restore_values()
+        lower_loss_scales(self._model)
 
     def train(self, size):
         """Makes updates at a size.

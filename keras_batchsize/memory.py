@@ -14,6 +14,7 @@ Separation of concerns:
 - `_memory_workload.py`: the step, the same that training takes.
 - `_memory_validation.py`: validation, where a model has one.
 - `_memory_building.py`: variables are made as `fit` would make them.
+- `_memory_scale.py`: gradients of half precision do not overflow.
 - `_memory_snapshot.py`: everything is put back, bit for bit.
 - `_memory_examples.py`: a few examples of any input.
 - `batch_profile.py`: the result.
