@@ -234,8 +234,8 @@ class Course:
         def run():
             peaks, seconds = workload.train(size)
             summed = None
-            if workload.accumulates and not workload.compiles:
-                summed = workload.accumulate(size)
+            if workload.has_superbatches and not workload.compiles:
+                summed = workload.superbatch(size)
             return peaks, summed, seconds
 
         ran = self._or_none(run)
@@ -248,7 +248,7 @@ class Course:
             return Trial(size, None, seconds, False, elapsed, constant)
         needed, added = self._needed(size, peaks, summed)
         if summed is not None:
-            # What accumulating adds are sums, whatever the size.
+            # It adds copies of values and sums, whatever the size.
             constant += added
         trial = Trial(size, needed, seconds, False, elapsed, constant)
         if not size_search.is_near(trial, self._usable):
@@ -321,8 +321,8 @@ class Course:
 
         def run():
             peaks, rare, other, seconds = workload.finish_epoch(size, tail)
-            if peaks and workload.accumulates and workload.compiles:
-                other.append(workload.accumulate(size))
+            if peaks and workload.has_superbatches:
+                other.append(workload.superbatch(size))
             return peaks, rare, other, seconds
 
         return self._run_more(trial, run)

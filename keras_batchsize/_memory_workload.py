@@ -85,6 +85,7 @@ class Workload:
     def _trace(self):
         model, team = self._model, team_of(self._model, slicing.examples)
         self._replicated = team.replicated
+        self._is_guarded = self._is_guarded and team.is_alone
         if self._accumulates:
             self._accumulates = self._has_known_step()
         self._graphs = team.make_graphs(model, 1, self._accumulates)
@@ -230,16 +231,20 @@ class Workload:
         self._plain(data, updates * size, size)
         return time.perf_counter() - started
 
-    def _held(self):
+    def _held(self, is_new=False):
         """Holds values that XLA would otherwise take apart, see `exhaustion`.
 
         Also those that training holds. Anew for each call: what a call made
         has only one owner again.
+
+        Args:
+            is_new: Whether to hold what training holds while a size is new,
+                too. Not where the time counts: nearly always it is not.
         """
         if not self.compiles and not self._is_guarded:
             return None
         variables = changed_by_training(self._model)
-        holds = self.compiles or held_always(variables)
+        holds = self.compiles or is_new or held_always(variables)
         return exhaustion.HeldValues(variables) if holds else None
 
     def _rate(self):
@@ -269,12 +274,17 @@ class Workload:
         return logs
 
     @property
-    def accumulates(self):
-        """Whether gradients may be summed over micro-batches."""
-        return self._accumulates
+    def has_superbatches(self):
+        """Whether a call of training may take more than one of `train`."""
+        # XLA finds room for all results, so for copies, before it begins.
+        return self._accumulates or (self._is_guarded and not self.compiles)
 
-    def accumulate(self, size):
-        """Makes an update of two micro-batches.
+    def superbatch(self, size):
+        """Makes two updates in one call, as training does on a superbatch.
+
+        What is held costs nothing until it changes. From the second update on
+        it is a copy, beside all that an update takes. Where gradients may be
+        summed, so are those of two micro-batches for the first.
 
         Args:
             size: Integer, examples per micro-batch.
@@ -283,9 +293,13 @@ class Workload:
             The peak in bytes, or None.
         """
         self._meter.reset(self.resident_bytes)
-        data = self._batch(2 * size)
-        held = self._held()
-        _wait_for(self._summed(data, 2 * size, 2 * size, size))
+        total = (3 if self._accumulates else 2) * size
+        data = self._batch(total)
+        held = self._held(is_new=True)
+        if self._accumulates:
+            _wait_for(self._summed(data, total, 2 * size, size))
+        else:
+            self._plain(data, total, size)
         del held
         return self._meter.peak()
 

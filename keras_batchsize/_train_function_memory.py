@@ -83,6 +83,8 @@ class MemoryGuard:
             key = shrink()
 
     def _hold(self, key):
+        if not (self._is_alone or self._compiles()):
+            return None  # What runs out is not repeated.
         proven = self._succeeded.get(key, 0) >= _PROVEN_AFTER
         if proven and not self._held_always:
             return None
@@ -92,21 +94,21 @@ class MemoryGuard:
         return exhaustion.HeldValues(variables)
 
     def _give_up(self, error, backup_dir):
-        kind = VariablesFreed if self._has_freed() else RuntimeError
+        kind = VariablesFreed if self._compiles() else RuntimeError
         raise kind(
             f"Memory ran out, and training cannot go on: {self._why()}. "
             f"Received: {str(error)[:200]!r}. {_advice(backup_dir)} A "
             "smaller `max_batch_size` leaves more room."
         ) from error
 
-    def _has_freed(self):
-        """Whether XLA has compiled what ran out: no strategy lets it."""
+    def _compiles(self):
+        """Whether XLA compiles what may run out: no strategy lets it."""
         return self._model.jit_compile and not self._is_replicated
 
     def _why(self):
         if not self._is_alone:
             return "the other workers wait in the middle of an update"
-        if self._has_freed():
+        if self._compiles():
             return (
                 "XLA has freed variables, which are too large to be held all "
                 "the time; any use of them may end the process"

@@ -175,6 +175,43 @@ def training_goes_on():
     compare_with_sums_by_hand(trainer.model, wide(), x, y, size)
 
 
+class OwnStep(keras.Sequential):
+    """Has a step of its own, whose gradients are never summed."""
+
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def training_takes_no_more_than_its_trial():
+    """Not in the second update of a superbatch either, beside copies."""
+    size, width, updates = 1500, 1024, 4
+    for kind in (keras.Sequential, OwnStep):
+        keras.utils.clear_session()
+        model = kind(
+            [
+                keras.Input((16,)),
+                *(keras.layers.Dense(width, "relu") for _ in range(4)),
+                keras.layers.Dense(1),
+            ]
+        )
+        model.compile("adam", "mse")
+        trainer = kb.AdaptiveTrainer(
+            model, "fixed", superbatch_size=updates * size, verbose=0
+        )
+        data = dataset(size, 16).take(2 * updates)
+        profile = trainer.probe(data, start=size, maximum=size)
+        (row,) = profile.rows
+        variables = profile.resident_bytes
+        assert 30 * 2**20 < variables < 256 * 2**20, variables
+        tf.config.experimental.reset_memory_stats("CPU:0")
+        trainer.fit(data, verbose=0)
+        assert int(model.optimizer.iterations) == 2 * updates
+        peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
+        sys.stderr.write(f"{row.peak_bytes=} {peak=} {variables=}\n")
+        # Equal steps differ. A copy of the variables is far more than that.
+        assert row.peak_bytes > peak - variables / 8, (row, peak)
+
+
 def in_two_batches(size, features):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2 * size, features)).astype("float32")

@@ -20,7 +20,7 @@ def of_half_precision():
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("what", ["train", "repeat"])
+@pytest.mark.parametrize("what", ["train", "superbatch", "repeat"])
 def test_a_trial_makes_updates_whatever_the_scale(what, eager):
     model = of_half_precision()
     model.run_eagerly = eager

@@ -17,6 +17,7 @@ from fake_memory import FakeWorkload
 
 import keras_batchsize as kb
 from keras_batchsize import _memory_compare
+from keras_batchsize import _memory_workload
 from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import memory
@@ -335,6 +336,49 @@ def test_a_probe_holds_what_training_always_holds(
         workload.train(8)
     # Each of its calls, as long as training does.
     assert bool(held) == (may_fail and guards)
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_trial_holds_what_training_holds_while_a_size_is_new(
+    splits, monkeypatch
+):
+    # Too large to be held always, and nothing that raises errors.
+    held, hold = [], exhaustion.HeldValues
+    model = make() if splits else compiled(of_own_step(OwnLoss))()
+
+    def holds(variables):
+        held.append(int(model.optimizer.iterations))
+        return hold(variables)
+
+    examples = read_examples(model, *comparing.regression(16))
+    with Workload(model, examples, FakeMeter(None), True) as workload:
+        monkeypatch.setattr(exhaustion, "HeldValues", holds)
+        workload.superbatch(4)
+        # One call, of which the second update finds copies.
+        assert held == [0]
+        assert int(model.optimizer.iterations) == 2
+        workload.train(4)
+        assert held == [0]
+
+
+def test_nothing_is_held_beside_other_workers(monkeypatch):
+    team = _memory_workload.team_of
+
+    def not_alone(*arguments):
+        made = team(*arguments)
+        made.is_alone = False
+        return made
+
+    monkeypatch.setattr(_memory_workload, "team_of", not_alone)
+    monkeypatch.setattr(exhaustion, "HeldValues", None)
+    monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "1")
+    model = make()
+    examples = read_examples(model, *comparing.regression(16))
+    with Workload(model, examples, FakeMeter(None), True) as workload:
+        workload.train(8)
+        # Sums of gradients there are.
+        assert workload.has_superbatches
+        workload.superbatch(8)
 
 
 def test_a_fit_that_probes_says_what_it_can_be_told(monkeypatch):
