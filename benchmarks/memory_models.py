@@ -5,6 +5,8 @@ import numpy as np
 import tensorflow as tf
 
 POOL, EXAMPLES = 64, 2**17
+# Examples in arrays: several of the largest batches that fit a few hundred MB.
+ARRAYS = {"mlp": 2**15, "cnn": 2**10, "transformer": 2**8}
 
 
 def mlp():
@@ -81,6 +83,13 @@ def make(name, policy):
         metrics=["accuracy"],
     )
     return model, *examples(name)
+
+
+def many(name, policy):
+    """Returns what `make` does, of so many examples as `ARRAYS` says."""
+    model, x, y = make(name, policy)
+    times = ARRAYS[name] // POOL
+    return model, np.concatenate([x] * times), np.concatenate([y] * times)
 
 
 def batches(x, y, size):

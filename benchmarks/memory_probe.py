@@ -19,8 +19,13 @@ process:
 
     python benchmarks/memory_probe.py
     python benchmarks/memory_probe.py --models cnn --limits 400
+    python benchmarks/memory_probe.py --models cnn --limits 400 --arrays
     python benchmarks/memory_probe.py --models mlp --limits 400 --compare
     python benchmarks/memory_probe.py --models cnn --limits 400 --plot a.png
+
+With `--arrays` the probe and plain `fit` are given arrays, not a pipeline that
+reads two batches ahead: `fit` copies them, and Keras keeps more batches ready.
+Doubling still reads the pipeline.
 
 Seconds leave out importing and building. What is timed comes first, line by
 line: if nothing else runs meanwhile, the times are comparable; the rest of the
@@ -29,6 +34,7 @@ CPU has no instructions, is measured with the MLP only.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -51,11 +57,19 @@ COMPARED = {"mlp": 2**14, "cnn": 2**8, "transformer": 2**6}
 
 
 def run_probe(model, x, y):
-    """Probes, and returns what was found."""
+    """Probes on a pipeline, and returns what was found."""
+    return found_on(model, memory_models.batches(x, y, 32))
+
+
+def run_probe_of_arrays(model, x, y):
+    """Probes on arrays, and returns what was found."""
+    return found_on(model, x, y)
+
+
+def found_on(model, *data):
+    """Probes on some data, and returns what was found."""
     started = time.perf_counter()
-    profile = kb.find_max_batch_size(
-        model, memory_models.batches(x, y, 32), time_budget=300
-    )
+    profile = kb.find_max_batch_size(model, *data, time_budget=300)
     return {
         "size": profile.max_batch_size,
         "trials": len(profile.rows),
@@ -67,21 +81,29 @@ def run_probe(model, x, y):
 
 
 def run_fit(model, x, y, size):
-    """Trains five steps by plain `fit`, and counts those that went well."""
+    """Trains five steps on a pipeline, and counts those that went well."""
+    data = memory_models.batches(x, y, size)
+    return steps_done(model, data, steps_per_epoch=STEPS, shuffle=False)
+
+
+def run_fit_of_arrays(model, x, y, size):
+    """Trains on arrays until five steps are made, and counts likewise.
+
+    Whole epochs, with their ragged batches, for as many are in the arrays.
+    """
+    epochs = math.ceil(STEPS / math.ceil(len(x) / size))
+    done = steps_done(model, x, y, batch_size=size, epochs=epochs)
+    return min(done, STEPS)
+
+
+def steps_done(model, *data, **arguments):
+    """Trains by plain `fit`, and counts the steps that went well."""
     done = []
     count = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: done.append(batch)
     )
-    try:
-        model.fit(
-            memory_models.batches(x, y, size),
-            steps_per_epoch=STEPS,
-            shuffle=False,
-            verbose=0,
-            callbacks=[count],
-        )
-    except tf.errors.ResourceExhaustedError:
-        pass
+    with contextlib.suppress(tf.errors.ResourceExhaustedError):
+        model.fit(*data, verbose=0, callbacks=[count], **arguments)
     return len(done)
 
 
@@ -118,21 +140,21 @@ def draw(model, x, y, path):
     profile.plot(to_file=path)
 
 
-def fewest_steps(processes, limit, prepare, size):
+def fewest_steps(processes, limit, prepare, fit, size):
     """Returns the fewest steps that a fresh process made at a size.
 
     Processes run two at a time, and no more once one has failed.
     """
     fewest = STEPS
     for _ in range(math.ceil(processes / 2)):
-        ended = fresh_processes.call_all(2, limit, prepare, run_fit, size)
+        ended = fresh_processes.call_all(2, limit, prepare, fit, size)
         fewest = min(fewest, *(0 if one.died else one.said for one in ended))
         if fewest < STEPS:
             break
     return fewest
 
 
-def share_of_largest(processes, limit, prepare, size):
+def share_of_largest(processes, limit, prepare, fit, size):
     """Returns what a size is of the largest that runs, in words."""
     ran = size
     for part in ABOVE:
@@ -140,7 +162,7 @@ def share_of_largest(processes, limit, prepare, size):
         if larger == ran:
             # Of few examples, 5 % more and 10 % more are the same.
             continue
-        if fewest_steps(processes, limit, prepare, larger) < STEPS:
+        if fewest_steps(processes, limit, prepare, fit, larger) < STEPS:
             # The largest that runs is at least one example smaller.
             least, most = size / (larger - 1), size / ran
             return f"{least:.0%} to {most:.0%}"
@@ -156,6 +178,7 @@ class Line:
         head: List of its first cells: model, policy and limit.
         limit: Megabytes that the allocator may hand out.
         prepare: Function that makes the model and its examples.
+        fit: Function that trains five steps on them.
         probed: `Outcome` of the probe.
         doubled: `Outcome` of doubling.
     """
@@ -163,19 +186,25 @@ class Line:
     head: list
     limit: int
     prepare: object
+    fit: object
     probed: fresh_processes.Outcome
     doubled: fresh_processes.Outcome
 
 
-def timed(name, policy, limit):
+def timed(name, policy, limit, arrays=False):
     """Probes and doubles, and returns the `Line`."""
-    prepare = functools.partial(memory_models.make, name, policy)
+    few = functools.partial(memory_models.make, name, policy)
+    prepare, probe, fit = few, run_probe, run_fit
+    if arrays:
+        prepare = functools.partial(memory_models.many, name, policy)
+        probe, fit = run_probe_of_arrays, run_fit_of_arrays
     return Line(
         [name, policy, f"{limit}"],
         limit,
         prepare,
-        fresh_processes.call(limit, prepare, run_probe),
-        fresh_processes.call(limit, prepare, run_doubling),
+        fit,
+        fresh_processes.call(limit, prepare, probe),
+        fresh_processes.call(limit, few, run_doubling),
     )
 
 
@@ -187,7 +216,7 @@ def cells(line, arguments):
     if arguments.verbose:
         print(found["summary"], flush=True)
     size = found["size"]
-    tried = arguments.processes, line.limit, line.prepare, size
+    tried = arguments.processes, line.limit, line.prepare, line.fit, size
     steps, share = fewest_steps(*tried), "-"
     if steps == STEPS:
         share = share_of_largest(*tried)
@@ -232,6 +261,10 @@ def parse():
     parser.add_argument(
         "--processes", type=int, default=8,
         help="fresh processes in which a size must run",
+    )
+    parser.add_argument(
+        "--arrays", action="store_true",
+        help="probe and train on arrays in memory, not on a pipeline",
     )
     parser.add_argument(
         "--compare", action="store_true",
@@ -284,7 +317,7 @@ def print_table(arguments):
     for name in arguments.models:
         for policy in arguments.policies or memory_models.POLICIES[name]:
             for limit in arguments.limits:
-                lines.append(timed(name, policy, limit))
+                lines.append(timed(name, policy, limit, arguments.arrays))
                 print(" ".join(lines[-1].head), "is timed", file=sys.stderr)
     print("| " + " | ".join(HEADER) + " |")
     print("|" + "---|" * len(HEADER), flush=True)

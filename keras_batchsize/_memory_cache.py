@@ -80,7 +80,7 @@ def path_of(folder, model, examples, limits, isolation, device, accumulates):
                 keras.tree.map_structure(_memory_key.spec_of, examples.one)
             ),
             "examples": [examples.count, examples.fewer, examples.bytes_each],
-            "data_bytes": examples.data_bytes,
+            "data_bytes": [examples.data_bytes, examples.superbatch_bytes],
             "limits": vars(limits),
             "isolation": bool(isolation),
             "accumulates": bool(accumulates),

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import math
-import statistics
 import time
 
 from keras_batchsize import exhaustion
@@ -12,6 +11,7 @@ from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize._memory_limits import NothingFits
+from keras_batchsize._memory_seen import Seen
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
@@ -19,41 +19,9 @@ from keras_batchsize.size_search import Trial
 from keras_batchsize.workers import Workers
 
 OUT_OF_MEMORY = "out of memory"
-# The mean of so few peaks may be too low, and the next size then too large.
-_FEW = 3
 # What fragmentation may take where the sizes of tensors are not known, as a
 # share of what the batch takes.
 _SHARE_OF_HOLES = 0.25
-
-
-class Seen:
-    """The peaks at one batch size, in bytes.
-
-    Attributes:
-        usual: Mean of those of equal updates; of few, the largest.
-        other: Largest of whatever else ran, 0 if nothing did.
-        most: Largest of all.
-    """
-
-    def __init__(self):
-        self._peaks = []
-        self.usual = self.other = self.most = 0.0
-
-    def add(self, peaks, other, rare):
-        """Takes note of more.
-
-        Args:
-            peaks: List of the peaks of equal updates.
-            other: Peak of whatever else ran, or None.
-            rare: Further peaks, which count in the largest only.
-        """
-        self.other = max(self.other, other or 0.0)
-        self.most = max(self.most, self.other, *peaks, *rare)
-        self._peaks += peaks
-        self.usual = max(self._peaks)
-        if len(self._peaks) > _FEW:
-            # The very first update still finds memory in large pieces.
-            self.usual = statistics.fmean(self._peaks[1:])
 
 
 class Course:
@@ -65,9 +33,10 @@ class Course:
         limits: The `Limits`.
         meter: The `Meter`.
         model: The Keras model.
+        data_bytes: Bytes that data take beside the steps.
     """
 
-    def __init__(self, workload, examples, limits, meter, model):
+    def __init__(self, workload, examples, limits, meter, model, data_bytes):
         self._workload = workload
         self._examples = examples
         self._meter = meter
@@ -90,8 +59,10 @@ class Course:
                 float(meter.current() or 0),
             )
         )
-        self._data = examples.data_bytes if meter.is_shared else 0
-        self._limit, self._usable, self._reason = self._budget()
+        self._data = data_bytes
+        self._limit, self._room, self._reason = self._budget()
+        # What cannot be measured cannot be compared, either.
+        self._usable = None if meter.peak() is None else self._room
         self._hard = self._usable
         if self._usable is not None:
             # A little into the margin: a size that overshoots is no failure.
@@ -99,14 +70,13 @@ class Course:
         self._hole = meter.hole(workload.forward)
         if self._hole is not None:
             self._hole *= self._sharing / count
+        self._check_room()
         self._bounds = self._make_bounds(count)
 
     def _budget(self):
         """Returns the limit, what of it may be used, and what it is."""
         meter, given = self._meter, self._limits.memory_limit
         meter.reset(self._resident)
-        if meter.peak() is None:
-            return given, None, size_search.MEMORY
         own, reason = meter.limit()
         if given is not None and (own is None or given <= own):
             own, reason = given, size_search.MEMORY
@@ -125,10 +95,28 @@ class Course:
         first, *others = [one * shared / count**k for k, one in of] or [None]
         return () if first is None else (first + (self._hole or 0), *others)
 
-    def _make_bounds(self, count):
+    def _cap(self, growth, count):
+        """Returns the largest size that makes sense, and what it is."""
         cap, reason = self._limits.maximum, "maximum"
         if self._examples.count < cap:
             cap, reason = self._examples.count, "dataset"
+        if self._usable is not None or self._room is None:
+            return cap, reason
+        if not growth:
+            self._limits.warn_of_unmeasured()
+            return cap, reason
+        room = self._room - self._resident
+        most = size_search.largest_by_growth(room, growth)
+        if most < count:
+            self._raise_does_not_fit(
+                f"by their sizes, the tensors of {count} of the examples may "
+                f"take more than {megabytes(room)} MB"
+            )
+        return (most, self._reason) if most < cap else (cap, reason)
+
+    def _make_bounds(self, count):
+        growth = self._growth(count)
+        cap, reason = self._cap(growth, count)
         if math.isfinite(cap):
             cap = max(cap // count * count, count)
         start = math.ceil(self._limits.start / count) * count
@@ -140,13 +128,12 @@ class Course:
             hard_bytes=self._hard,
             multiple_of=count,
             memory_reason=self._reason,
-            growth_bytes=self._growth(count),
+            growth_bytes=growth,
             degree=self._workload.degree,
         )
 
     def run(self):
         """Tries sizes until one of the bounds is reached."""
-        self._check_room()
         while True:
             size, reason = size_search.next_size(
                 self._trials, self._bounds, self._seconds_left()
@@ -167,7 +154,7 @@ class Course:
                 return self._profile(best, reason)
 
     def _check_room(self):
-        if self._usable is not None and self._resident >= self._usable:
+        if self._room is not None and self._resident >= self._room:
             self._raise_does_not_fit(
                 "weights, optimizer slots and metrics alone take "
                 f"{megabytes(self._resident)} MB"
@@ -183,14 +170,14 @@ class Course:
     def _raise_does_not_fit(self, what):
         given, room = self._limits.memory_limit, ""
         raised = "" if given is None else ", or raise `memory_limit`"
-        if self._usable is not None:
+        if self._room is not None:
             room = (
                 f", of {megabytes(self._limit)} MB "
-                f"{megabytes(max(self._usable, 0))} MB may be used"
+                f"{megabytes(max(self._room, 0))} MB may be used"
             )
             if self._data:
                 data = megabytes(self._data)
-                room += f" ({data} MB are for the copy of data `fit` makes)"
+                room += f" ({data} MB are for the copy of data `fit` holds)"
         raise NothingFits(
             f"No batch size fits: {what}{room}. Received: "
             f"memory_limit={given}, "

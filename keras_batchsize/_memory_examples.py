@@ -12,6 +12,7 @@ import math
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _memory_data
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
 from keras_batchsize.superbatches import make_superbatches
@@ -33,6 +34,10 @@ class Examples:
         data_bytes: Bytes of the arrays that `fit` copies, 0 for data that it
             reads piece by piece.
         fewer: By how many examples the data may hold less than `count`.
+
+    Attributes:
+        superbatch_bytes: Bytes of the superbatches that `AdaptiveTrainer.fit`
+            holds at once; 0 if it holds none, or this is not known.
     """
 
     def __init__(self, batch, count=math.inf, data_bytes=0, fewer=0):
@@ -41,6 +46,7 @@ class Examples:
         self.count = count
         self.data_bytes = data_bytes
         self.fewer = fewer
+        self.superbatch_bytes = 0
         self.size = slicing.number_of_examples(self._batch)
 
     @property
@@ -91,6 +97,13 @@ class Examples:
         if not is_dense or math.isinf(self.count):
             return 0
         return int(self.count) * self.bytes_each
+
+    @property
+    def accelerator_bytes(self):
+        """Bytes of the arrays that plain `fit` keeps on an accelerator."""
+        if not (self.data_bytes and self.bytes_in_all):
+            return self.data_bytes
+        return _memory_data.bytes_on_accelerator(self.one, int(self.count))
 
     def batch(self, size):
         """Returns a batch in which the examples repeat.
@@ -199,6 +212,9 @@ def read_examples(model, x, y=None, sample_weight=None):
     examples = _examples_of(superbatches, x)
     if told.batch_size is None:  # Arrays, of which `fit` makes a copy.
         examples.data_bytes = max(given_bytes, examples.bytes_in_all)
+    examples.superbatch_bytes = _memory_data.superbatch_bytes(
+        model, told, examples
+    )
     return examples
 
 

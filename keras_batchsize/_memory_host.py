@@ -91,6 +91,20 @@ def available_bytes():
     return min(known, default=None)
 
 
+def most_bytes():
+    """Returns the memory that the process may still take, or None.
+
+    Where only that is told (macOS), all that the machine has.
+    """
+    free = available_bytes()
+    if free is not None:
+        return free
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None  # Windows has no `sysconf`.
+
+
 def _left_in_group(folder, limit, usage, cached):
     """Returns the memory that a control group may still take, or None.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 
 from keras_batchsize import _checks
 
@@ -86,6 +87,23 @@ class Limits:
             "it is the time for trials in seconds",
             "Use time_budget=60.",
         )
+
+    def warn_of_unmeasured(self):
+        """Warns that nothing keeps a probe below the limit, if one is given.
+
+        Where memory cannot be measured, and no graph tells what an example
+        may take.
+        """
+        if self.memory_limit is not None:
+            warnings.warn(
+                "`memory_limit` cannot be enforced: memory cannot be measured "
+                "here, and no graph of the model and its loss tells what an "
+                f"example may take. Received: memory_limit="
+                f"{self.memory_limit}. State `maximum`, or use isolation=True, "
+                "where TensorFlow's own allocator holds to the limit.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def check_replicas(self, count):
         """Raises if the largest size leaves a replica without an example.

@@ -7,7 +7,6 @@ profile says.
 """
 
 import contextlib
-import os
 
 import numpy as np
 import tensorflow as tf
@@ -20,8 +19,6 @@ MEMORY, HOST_MEMORY = "memory", "host memory"
 # Of the memory that the host has free a trial may take this share: there,
 # running out means that the system ends the process.
 HOST_SHARE = 0.5
-# What TensorFlow's own allocator may hand out on a CPU if nothing is said.
-_DEFAULT_MEGABYTES = 2**16
 
 
 class Meter:
@@ -93,11 +90,27 @@ class Meter:
 
 
 class Unmeasured(Meter):
-    """Knows nothing, and says so."""
+    """Knows no peak, and says so; what a host has it may know all the same.
+
+    Args:
+        device: Name such as "GPU:0".
+    """
 
     def __init__(self, device):
         self.device = device
         self.name = "this system tells neither allocator nor process memory"
+        self.is_shared = device.startswith("CPU")
+        self._resident = 0
+
+    def limit(self):
+        """Returns what the host has free and may be used, on a CPU."""
+        if not self.is_shared:
+            return None, MEMORY
+        return _share_of_host(self._resident, _memory_host.most_bytes())
+
+    def reset(self, resident_bytes):
+        """Takes note of the bytes of the variables."""
+        self._resident = resident_bytes
 
 
 class AllocatorMeter(Meter):
@@ -197,10 +210,7 @@ class HostMeter(Meter):
 
     def limit(self):
         """Returns what is free now and may be used, variables included."""
-        free = _memory_host.available_bytes()
-        if free is None:
-            return None, HOST_MEMORY
-        return self._resident + HOST_SHARE * free, HOST_MEMORY
+        return _share_of_host(self._resident, _memory_host.available_bytes())
 
     def reset(self, resident_bytes):
         """Starts a new peak."""
@@ -216,6 +226,12 @@ class HostMeter(Meter):
     def current(self):
         """Returns the bytes of the variables."""
         return self._resident
+
+
+def _share_of_host(resident_bytes, free):
+    """Returns the limit that the memory of a host is, or None, and whose."""
+    limit = None if free is None else resident_bytes + HOST_SHARE * free
+    return limit, HOST_MEMORY
 
 
 def devices_of(model):
@@ -277,7 +293,7 @@ def allocator_limit(device):
     if kind != "CPU":
         limit = _configured_limit(kind, int(index))
         return limit if limit is not None else _session_limit(device), MEMORY
-    found, stated = [], _stated_limit_of_cpu()
+    found, stated = [], exhaustion.stated_limit_on_cpu()
     if stated is not None:
         found.append((stated, MEMORY))
     free = _memory_host.available_bytes()
@@ -285,20 +301,6 @@ def allocator_limit(device):
         used = tf.config.experimental.get_memory_info(device)["current"]
         found.append((HOST_SHARE * free + used, HOST_MEMORY))
     return min(found, default=(None, MEMORY))
-
-
-def _stated_limit_of_cpu():
-    """What the allocator that keeps statistics of a CPU was told, or None.
-
-    If it is not TensorFlow's own, it is that of oneDNN, which holds to no more
-    than all the memory that the machine has if nothing is said.
-    """
-    if exhaustion.has_allocator_on_cpu():
-        given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
-        megabytes = int(given) if given.isdigit() else _DEFAULT_MEGABYTES
-        return megabytes * 2**20
-    given = os.environ.get("TF_MKL_ALLOC_MAX_BYTES", "")
-    return int(given) if given.isdigit() else None
 
 
 def _configured_limit(kind, index):

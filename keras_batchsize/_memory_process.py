@@ -75,6 +75,7 @@ def probe_in_process(model, examples, limits, accumulates):
         "count": _finite(examples.count),
         "fewer": _finite(examples.fewer),
         "data_bytes": examples.data_bytes,
+        "superbatch_bytes": examples.superbatch_bytes,
         "floatx": keras.config.floatx(),
         "image_data_format": keras.config.image_data_format(),
         "global_policy": keras.config.dtype_policy().name,

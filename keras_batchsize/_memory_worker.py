@@ -100,12 +100,14 @@ def _examples(folder, request):
         for name in ("count", "fewer")
     )
     batch = keras.utils.pack_x_y_sample_weight(*parts)
-    return Examples(
+    examples = Examples(
         batch if isinstance(batch, tuple) else (batch,),
         count,
         request["data_bytes"],
         fewer,
     )
+    examples.superbatch_bytes = request["superbatch_bytes"]
+    return examples
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from keras_batchsize import learning_rate
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_building import build_layers
+from keras_batchsize._memory_data import BATCHES_HELD
+from keras_batchsize._memory_data import batches_at_once
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_forward import is_called_once
 from keras_batchsize._memory_scale import lower_loss_scales
@@ -26,10 +28,8 @@ from keras_batchsize._train_function_memory import changed_by_training
 from keras_batchsize._train_function_memory import held_always
 from keras_batchsize.train_function import team_of
 
-# Batches there are at once: one in use, and two that a pipeline has read ahead.
-# So many updates a call makes, too, where both they and the batches are small:
+# `BATCHES_HELD` updates a call makes where both they and the batches are small:
 # calling takes time of its own. Large ones come from a pipeline, as in `fit`.
-BATCHES_HELD = 3
 _SHORT_SECONDS = 0.05
 _SMALL_BYTES = 2**23
 # Timed calls at one size, after the first; one where a call is long.
@@ -64,6 +64,9 @@ class Workload:
         self._model = model
         self._examples = examples
         self._meter = meter
+        self._at_once = functools.partial(
+            batches_at_once, examples, meter, accumulates
+        )
         self._graphs = None
         self._snapshot = None
         self._validate = None
@@ -135,7 +138,7 @@ class Workload:
         """
         if self.forward is None or not self.forward.totals:
             return ()
-        waiting = (BATCHES_HELD + 1) * self._examples.bytes_each
+        waiting = (self._at_once(1) + 1) * self._examples.bytes_each
         first, *others = map(sum, zip(self.forward.totals, self.forward.back))
         return (first + waiting, *others)
 
@@ -210,16 +213,16 @@ class Workload:
             self._meter.reset(self.resident_bytes)
 
     def _updates_at_once(self, size):
-        """How many updates a batch holds that `_waiting` returns."""
-        together = BATCHES_HELD * size * self._examples.bytes_each
+        """How many updates a call makes of what `_waiting` returns."""
+        together = self._at_once(size) * size * self._examples.bytes_each
         return BATCHES_HELD if together <= _SMALL_BYTES else 1
 
     def _waiting(self, size):
         """Returns an iterator of batches, which lie in memory as in `fit`."""
-        updates = self._updates_at_once(size)
-        if updates > 1:
-            return itertools.repeat(self._batch(updates * size))
-        dataset = self._examples.repeated(size).prefetch(BATCHES_HELD - 1)
+        held = self._at_once(size)
+        if self._updates_at_once(size) > 1:
+            return itertools.repeat(self._batch(held * size))
+        dataset = self._examples.repeated(size).prefetch(held - 1)
         if self._replicated:
             dataset = replicas.dealt_out(
                 dataset, self._model.distribute_strategy

@@ -5,6 +5,7 @@ Part of `superbatches.py`.
 
 import math
 
+from keras_batchsize import exhaustion
 from keras_batchsize.plan import checked_superbatch_size
 from keras_batchsize.plan import largest_on_ladder
 
@@ -23,6 +24,9 @@ _BATCHES_OF_UNKNOWN = 64
 # several wait at a time, on an accelerator one lies in its memory, and to train
 # on so much takes long enough for a call not to matter.
 _MOST_BYTES = 2**28
+# On a CPU whose allocator has a limit they lie in it, beside the steps: of that
+# limit one takes at most this part.
+_LEAST_PART = 32
 
 
 def superbatch_size(given, base, epoch, replicas, data):
@@ -52,8 +56,14 @@ def superbatch_size(given, base, epoch, replicas, data):
             min(_SMALLEST_SUPERBATCH, epoch),
         )
     if data.bytes_each:
-        limit = min(limit, _MOST_BYTES / data.bytes_each)
+        limit = min(limit, _most_bytes() / data.bytes_each)
     return largest_on_ladder(base, limit, replicas)
+
+
+def _most_bytes():
+    """Bytes that a superbatch which is copied may hold."""
+    stated = exhaustion.stated_limit_on_cpu() or math.inf
+    return min(_MOST_BYTES, stated / _LEAST_PART)
 
 
 def _own_size(own, given, base, replicas):

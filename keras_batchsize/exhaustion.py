@@ -14,6 +14,8 @@ import re
 
 import tensorflow as tf
 
+# What TensorFlow's own allocator may hand out on a CPU if nothing is said.
+_DEFAULT_MEGABYTES = 2**16
 # What devices say in errors of other classes than ResourceExhaustedError.
 _TEXTS = re.compile(
     "out of memory|CUDA_ERROR_OUT_OF_MEMORY|RESOURCE_EXHAUSTED"
@@ -59,6 +61,23 @@ def has_allocator_on_cpu():
     """Whether TensorFlow was told to use its own allocator on CPU."""
     given = os.environ.get("TF_CPU_ALLOCATOR_USE_BFC", "")
     return given.lower() in ("1", "true")
+
+
+def stated_limit_on_cpu():
+    """Returns what the allocator that keeps statistics of a CPU was told.
+
+    If it is not TensorFlow's own, it is that of oneDNN, which holds to no more
+    than all the memory that the machine has if nothing is said.
+
+    Returns:
+        Bytes, or None.
+    """
+    if has_allocator_on_cpu():
+        given = os.environ.get("TF_CPU_BFC_MEM_LIMIT_IN_MB", "")
+        megabytes = int(given) if given.isdigit() else _DEFAULT_MEGABYTES
+        return megabytes * 2**20
+    given = os.environ.get("TF_MKL_ALLOC_MAX_BYTES", "")
+    return int(given) if given.isdigit() else None
 
 
 def components(variable):

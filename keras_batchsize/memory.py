@@ -3,7 +3,7 @@
 Separation of concerns:
 
 - Here: what a caller may ask for.
-- `_memory_course.py`: the course of a probe.
+- `_memory_course.py`, `_memory_seen.py`: the course of a probe.
 - `_memory_process.py`, `_memory_worker.py`: the same in a child process.
 - `_memory_cache.py`: profiles kept in a folder.
 - `_memory_workers.py`: what several workers settle before.
@@ -17,6 +17,7 @@ Separation of concerns:
 - `_memory_scale.py`: gradients of half precision do not overflow.
 - `_memory_snapshot.py`: everything is put back, bit for bit.
 - `_memory_examples.py`: a few examples of any input.
+- `_memory_data.py`: what the data themselves take.
 - `batch_profile.py`: the result.
 """
 
@@ -41,6 +42,7 @@ from keras_batchsize._memory_cache import path_of
 from keras_batchsize._memory_cache import still_fits
 from keras_batchsize._memory_compare import compared
 from keras_batchsize._memory_course import Course
+from keras_batchsize._memory_data import bytes_beside_steps
 from keras_batchsize._memory_examples import can_be_read_twice
 from keras_batchsize._memory_examples import may_be_read_ahead
 from keras_batchsize._memory_examples import read_examples
@@ -346,5 +348,8 @@ def probe(model, examples, limits, accumulates=True, meter=None):
     """
     meter = meter_for(model) if meter is None else meter
     meter.settle(limits.memory_limit)
+    beside = bytes_beside_steps(examples, meter, accumulates)
     with Workload(model, examples, meter, accumulates) as workload:
-        return Course(workload, examples, limits, meter, model).run()
+        return Course(
+            workload, examples, limits, meter, model, beside
+        ).run()

@@ -303,7 +303,7 @@ def _grown(size, room, growth):
     """The size up to which tensors take no more than there is room for.
 
     Args:
-        size: Examples in what has run.
+        size: Examples in what has run, 0 if nothing has.
         room: Bytes above its peak.
         growth: Bytes per example, per pair of examples, and so on.
     """
@@ -312,13 +312,23 @@ def _grown(size, room, growth):
         powers = enumerate(growth, 1)
         return sum(g * (larger**k - size**k) for k, g in powers) <= room
 
-    low, high = size, 2.0 * size
-    while fits_in(high) and high < size * 2.0**64:
+    low, high = size, max(2.0 * size, 1.0)
+    while fits_in(high) and high < max(size, 1.0) * 2.0**64:
         low, high = high, 2.0 * high
     while high - low > 1e-6 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if fits_in(middle) else (low, middle)
     return low
+
+
+def largest_by_growth(room, growth):
+    """Returns the largest size whose tensors surely fit, where none has run.
+
+    Args:
+        room: Bytes that there are for batches.
+        growth: Bytes per example, per pair of examples, and so on.
+    """
+    return int(_grown(0, room, growth))
 
 
 def _goal(trial, usable_bytes):

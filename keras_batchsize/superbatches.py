@@ -29,6 +29,8 @@ from keras_batchsize._superbatches_batched import Batched
 from keras_batchsize._superbatches_batched import batched
 from keras_batchsize._superbatches_batched import check_enough
 from keras_batchsize._superbatches_datasets import starting_over
+from keras_batchsize._superbatches_host import dataset_of
+from keras_batchsize._superbatches_host import in_superbatches
 from keras_batchsize._superbatches_rows import RowIterator
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
@@ -113,13 +115,13 @@ class Superbatches(keras_private.DataAdapter):
 
     def _whole(self):
         """Returns the superbatches as one device would read them."""
-        dataset = self._adapter.get_tf_dataset()
+        dataset = dataset_of(self._adapter)
         if self._sizes is not None:
             if slicing.has_optionals(dataset):
                 dataset = dataset.map(slicing.without_nones)
             # What is read apart cannot be cut short at the same place.
             sizes = self._sizes[:1] if self._copies else self._sizes
-            dataset = dataset.rebatch(sizes).prefetch(tf.data.AUTOTUNE)
+            dataset = in_superbatches(dataset, sizes)
             if self._starts_over:
                 dataset = starting_over(dataset, self._most_steps)
         return dataset

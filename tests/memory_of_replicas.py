@@ -1,5 +1,7 @@
 """The probe under a strategy: laws that `replica_laws.py` has tried, too."""
 
+from unittest import mock
+
 import comparing
 import keras
 import numpy as np
@@ -7,8 +9,11 @@ import tensorflow as tf
 
 import keras_batchsize as kb
 from keras_batchsize import _memory_meters
+from keras_batchsize import _superbatches_arrays
 from keras_batchsize import exhaustion
+from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize._memory_examples import read_examples
 
 
 def replica_values(model):
@@ -79,3 +84,31 @@ def a_model_is_measured_on_its_own_device(_):
             model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
         assert _memory_meters.devices_of(model) == [device]
+
+
+def arrays_stay_on_the_host(_):
+    """The second CPU stands for the GPU on which constants are by default."""
+    data = comparing.regression()
+    make = comparing.compiled(comparing.dense, optimizer="adam")
+    used, from_tensors = [], tf.data.Dataset.from_tensors
+
+    def noted(tensors, name=None):
+        used.append(tf.constant(0.0).device[-5:])
+        return from_tensors(tensors, name)
+
+    with mock.patch.object(tf.data.Dataset, "from_tensors", noted):
+        with mock.patch.object(
+            _superbatches_arrays, "can_be_at_hand", lambda model: False
+        ):
+            with tf.device("CPU:1"):
+                keras_private.data_adapter_for(*data).get_tf_dataset()
+                assert used == ["CPU:1"], used
+                used.clear()
+                read_examples(make(), *data)
+                assert set(used) == {"CPU:0"}, used
+                used.clear()
+                ours = comparing.adaptive(make, *data, policy="fixed")
+                assert set(used) == {"CPU:0"}, used
+                # Where data lie changes nothing of what they are.
+                theirs = comparing.plain(make, *data)
+    comparing.assert_same(ours, theirs)

@@ -5,12 +5,16 @@ import pathlib
 import sys
 
 import pytest
+from comparing import compiled
+from comparing import dense
+from comparing import regression
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path += [str(ROOT / folder) for folder in ("benchmarks", "examples")]
 distributed_speed = importlib.import_module("distributed_speed")
 fresh_processes = importlib.import_module("fresh_processes")
 in_tensorboard = importlib.import_module("in_tensorboard")
+memory_models = importlib.import_module("memory_models")
 memory_probe = importlib.import_module("memory_probe")
 speed = importlib.import_module("speed")
 
@@ -58,3 +62,36 @@ def test_a_process_that_dies_is_an_error(arguments, monkeypatch):
     # A text, which Python prints, and ends with 1.
     assert "died" in caught.value.code
     assert "Use --limits 100" in caught.value.code
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_probe_and_fit_are_given_the_same_data(arrays, monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        fresh_processes, "call", lambda *given: called.append(given)
+    )
+    line = memory_probe.timed("mlp", "float32", 50, arrays)
+    (_, prepare, probe), (_, few, doubling) = called
+    assert line.prepare is prepare and doubling is memory_probe.run_doubling
+    assert (probe, line.fit, prepare.func) == (
+        (
+            memory_probe.run_probe_of_arrays,
+            memory_probe.run_fit_of_arrays,
+            memory_models.many,
+        )
+        if arrays
+        else (
+            memory_probe.run_probe,
+            memory_probe.run_fit,
+            memory_models.make,
+        )
+    )
+    assert few.func is memory_models.make
+
+
+# Of 70 examples: 1, 2, 5 and 9 steps in an epoch.
+@pytest.mark.parametrize("size", [70, 40, 16, 8])
+def test_five_steps_are_made_on_arrays(size):
+    model = compiled(dense)()
+    steps = memory_probe.run_fit_of_arrays(model, *regression(), size)
+    assert steps == memory_probe.STEPS <= model.optimizer.iterations

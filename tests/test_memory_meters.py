@@ -239,6 +239,24 @@ def test_the_best_meter_there_is(statistics, tells, kind, monkeypatch):
     assert type(meter_for(make_dense())) is kind
 
 
+def test_what_is_not_measured_has_the_limit_of_its_host(monkeypatch):
+    meter = Unmeasured("CPU:0")
+    monkeypatch.setattr(_memory_host, "available_bytes", lambda: 600)
+    meter.reset(50)
+    assert meter.limit() == (50 + 300, "host memory")
+    assert meter.peak() is None and meter.is_shared
+    # Where the system does not tell what is free.
+    monkeypatch.setattr(_memory_host, "available_bytes", lambda: None)
+    pages = {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 40}
+    monkeypatch.setattr(_memory_host.os, "sysconf", pages.__getitem__)
+    assert meter.limit() == (50 + 200, "host memory")
+    monkeypatch.delattr(_memory_host.os, "sysconf")
+    assert meter.limit() == (None, "host memory")
+    # Nor does a host tell what an accelerator has.
+    other = Unmeasured("GPU:0")
+    assert other.limit() == (None, "memory") and not other.is_shared
+
+
 def test_the_process_says_nothing_of_an_accelerator(monkeypatch):
     monkeypatch.setattr(_memory_meters, "devices_of", lambda _: ["GPU:0"])
     monkeypatch.setattr(_memory_meters, "_keeps_statistics", lambda _: False)
