@@ -64,8 +64,8 @@ class Workload:
         self._model = model
         self._examples = examples
         self._meter = meter
-        self._at_once = functools.partial(
-            batches_at_once, examples, meter, accumulates
+        self._at_once = lambda size: batches_at_once(
+            examples, meter, accumulates, size
         )
         self._graphs = None
         self._snapshot = None

@@ -78,6 +78,22 @@ def a_limit_is_kept():
     )
 
 
+def plain_fit_keeps_batches_of_arrays():
+    """Arrays take memory, and so do the batches that Keras makes ahead."""
+    # Far more than the step takes: an example has 16 kB, all have 64 MB.
+    count, features = 4096, 4096
+    x = np.zeros((count, features), "float32")
+    y = np.zeros((count, 1), "float32")
+    model = keras.Sequential([keras.Input((features,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    profile = kb.find_max_batch_size(model, x, y, time_budget=PATIENT)
+    assert profile.reason == "memory", profile
+    assert profile.usable_bytes < profile.memory_limit - x.nbytes
+    # So many that those which wait count.
+    assert count / profile.max_batch_size > 5, profile
+    model.fit(x, y, batch_size=profile.max_batch_size, epochs=3, verbose=0)
+
+
 def settled_memory_is_cut_to_measure():
     """What a tensor takes is what it asks for, whatever ran before."""
     meter = _memory_meters.AllocatorMeter(["CPU:0"])

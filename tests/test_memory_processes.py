@@ -37,6 +37,7 @@ IN_A_PROCESS = {
         **LIMIT,
         "TF_CPU_BFC_MEM_LIMIT_IN_MB": "600",
     },
+    "plain_fit_keeps_batches_of_arrays": LIMIT,
     "settled_memory_is_cut_to_measure": LIMIT,
 }
 
