@@ -112,7 +112,9 @@ def find_max_batch_size(
         maximum: Largest size to try, in examples. None for the number of
             examples in the data.
         memory_limit: Bytes that the device has. None for what the allocator
-            may hand out, on a CPU half of what the host has free.
+            may hand out, on a CPU half of what the host has free. Where no
+            peak can be measured, what all tensors take together must fit;
+            where that is not known either, a limit is warned of.
         safety_margin: Share of the limit that stays free, in (0, 1). What an
             allocator loses to fragmentation is left free besides.
         time_budget: Seconds after which no further size is tried.
