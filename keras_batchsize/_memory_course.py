@@ -59,7 +59,7 @@ class Course:
                 float(meter.current() or 0),
             )
         )
-        self._data = data_bytes
+        (self._data,) = self._agreed(float(data_bytes))
         self._limit, self._room, self._reason = self._budget()
         # What cannot be measured cannot be compared, either.
         self._usable = None if meter.peak() is None else self._room

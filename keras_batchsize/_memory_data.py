@@ -36,7 +36,7 @@ def bytes_beside_steps(examples, meter, accumulates):
     return examples.data_bytes + waiting
 
 
-def batches_at_once(examples, meter, accumulates, size):
+def batches_at_once(model, examples, meter, accumulates, size):
     """Returns how many batches lie in memory while one is trained on.
 
     Of arrays plain `fit` holds more, though no more than there are. Keras
@@ -45,6 +45,7 @@ def batches_at_once(examples, meter, accumulates, size):
     enough (prefetch_autotuner.cc); one is in use.
 
     Args:
+        model: The Keras model.
         examples: An `Examples`.
         meter: A `Meter`.
         accumulates: Whether an `AdaptiveTrainer` is to train.
@@ -53,10 +54,14 @@ def batches_at_once(examples, meter, accumulates, size):
     if accumulates or not (examples.data_bytes and meter.is_shared):
         return BATCHES_HELD
     of_epoch = math.ceil(examples.count / size)
-    return max(BATCHES_HELD, min(_of_keras(), of_epoch))
+    return max(BATCHES_HELD, min(_of_keras(model), of_epoch))
 
 
-def _of_keras():
+def _of_keras(model):
+    """Returns how many batches Keras makes of arrays, and the one in use."""
+    if replicas.workers(model) > 1:
+        # They may have other processors, and must all try the same sizes.
+        return _MOST_CALLS + 3
     _, cores = _memory_host.processor()
     return min(_MOST_CALLS, cores) + 3
 
@@ -86,7 +91,7 @@ def superbatch_bytes(model, told, examples):
         replicas.count(model),
         told,
     )
-    at_once = _of_keras() if is_arrays else WAITING + 2
+    at_once = _of_keras(model) if is_arrays else WAITING + 2
     return int(min(at_once * size, examples.count) * each)
 
 

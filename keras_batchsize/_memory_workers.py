@@ -44,7 +44,6 @@ def check_alike(model, examples, limits, **facts):
         "or_fewer_by": examples.fewer,
         "example": keras.tree.map_structure(spec_of, examples.one),
         "bytes_of_data": examples.data_bytes,
-        "bytes_of_superbatches": examples.superbatch_bytes,
         **vars(limits),
         **facts,
     }

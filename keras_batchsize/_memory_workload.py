@@ -65,7 +65,7 @@ class Workload:
         self._examples = examples
         self._meter = meter
         self._at_once = lambda size: batches_at_once(
-            examples, meter, accumulates, size
+            model, examples, meter, accumulates, size
         )
         self._graphs = None
         self._snapshot = None

@@ -17,6 +17,7 @@ from fake_memory import probe
 from keras_batchsize import _memory_data
 from keras_batchsize import _memory_host
 from keras_batchsize import memory
+from keras_batchsize import replicas
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_workload import Workload
@@ -112,9 +113,17 @@ def of_arrays(count=1000):
 def test_batches_that_keras_makes_of_arrays(cores, size, batches, monkeypatch):
     monkeypatch.setattr(_memory_host, "processor", lambda: ("CPU", cores))
     held = _memory_data.batches_at_once(
-        of_arrays(), meter_of(True), False, size
+        make_dense(), of_arrays(), meter_of(True), False, size
     )
     assert held == batches
+
+
+def test_workers_count_as_many_whatever_their_processors(monkeypatch):
+    monkeypatch.setattr(replicas, "workers", lambda model: 2)
+    held = _memory_data.batches_at_once(
+        make_dense(), of_arrays(), meter_of(True), False, 1
+    )
+    assert held == 19
 
 
 @pytest.mark.parametrize(
@@ -125,8 +134,10 @@ def test_batches_that_keras_makes_of_arrays(cores, size, batches, monkeypatch):
 def test_others_make_no_such_batches(is_shared, accumulates, data_bytes):
     examples = of_arrays()
     examples.data_bytes = data_bytes
-    meter = meter_of(is_shared)
-    assert _memory_data.batches_at_once(examples, meter, accumulates, 1) == 3
+    held = _memory_data.batches_at_once(
+        make_dense(), examples, meter_of(is_shared), accumulates, 1
+    )
+    assert held == 3
 
 
 def test_batches_that_wait_are_part_of_what_an_example_takes():
