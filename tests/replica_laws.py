@@ -843,8 +843,8 @@ def traces(make_model, sizes):
     made = []
 
     class Remembered(ReplicaGraphs):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             made.append(self)
 
     held = _train_function_team.ReplicaGraphs
