@@ -56,6 +56,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def no_trial_is_cheap(monkeypatch):
+    """Which sizes a probe tries must not depend on how fast the machine is."""
+    from keras_batchsize import size_search
+
+    monkeypatch.setattr(size_search, "_CHEAP_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
 def keras_session():
     """Seeds every test alike and takes away the global state it leaves.
 
