@@ -92,13 +92,14 @@ class Steps:
                 return self._model.train_step(batch)
 
     def _weighing(self, batch):
-        if has_own_logs(self._model):
-            return contextlib.nullcontext()  # They may show what a step holds.
-        if self._weighs_examples:
-            return weighing(self._model, slicing.count_examples(batch))
-        if self._model.jit_compile and not self._model.run_eagerly:
-            # XLA knows the sizes of whole batches, not that of a ragged one.
-            return weighing(self._model, 1)
+        model = self._model
+        # Own logs may show what a step holds; eager steps know all sizes.
+        if not (has_own_logs(model) or model.run_eagerly):
+            if self._weighs_examples:
+                return weighing(model, slicing.count_examples(batch))
+            if model.jit_compile:
+                # XLA knows the sizes of whole batches, not of a ragged one.
+                return weighing(model, 1)
         return contextlib.nullcontext()
 
     def _one_micro_batch(self, total, batch):

@@ -171,8 +171,11 @@ def test_fixed_size_equals_plain_fit_bit_for_bit_in_float64(in_float64):
 # graphs know that. Scaling by a power of two would hide it.
 @pytest.mark.parametrize("examples", [7 * 10, 7 * 10 - 3])
 @pytest.mark.parametrize("policy", ["fixed", "measure"])
-def test_bit_for_bit_with_several_outputs(examples, policy):
-    make_model = comparing.in_two_outputs(lambda: optimizers.Adam(0.01))
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_bit_for_bit_with_several_outputs(examples, policy, run_eagerly):
+    make_model = comparing.in_two_outputs(
+        lambda: optimizers.Adam(0.01), run_eagerly=run_eagerly
+    )
     data = comparing.for_two_outputs(examples)
     batch = {"batch_size": 7}
 
