@@ -35,9 +35,12 @@ class LastClock:
             model: The compiled Keras model.
             controller: Its new `Controller`.
         """
-        if self._optimizer is not None and self._optimizer is model.optimizer:
-            # With what a plain `fit` did in between.
-            since = _iterations_of(model) - self._iterations
+        if self._optimizer is None or self._optimizer is not model.optimizer:
+            return
+        # What a plain `fit` did in between; less than none if an earlier
+        # state was loaded, of which the optimizer tells more.
+        since = _iterations_of(model) - self._iterations
+        if since >= 0:
             controller.clock.steps = self._steps + since
 
 

@@ -4,6 +4,7 @@ Initializers draw seeds while they are made, and `fit`, which then finds the
 layers built, draws none: this is not put back.
 """
 
+import contextlib
 import functools
 import pickle
 import random
@@ -54,11 +55,15 @@ def _build_eager(model, example):
 
     Those of optimizers and metrics, too, as no trace of the step comes later.
     """
+    optimizer = model.optimizer
+    if optimizer.built and keras.ops.convert_to_numpy(optimizer.iterations):
+        return  # It has trained: the step does not use what is not built.
     if not _not_built(model):
         return
-    failure = _once_drawn(
-        functools.partial(_failure_of_trace, model.train_step, example)
-    )
+    with _no_tensors_left(model):
+        failure = _once_drawn(
+            functools.partial(_failure_of_trace, model.train_step, example)
+        )
     left = _not_built(model)
     if failure is None or not left:
         return  # What is left, if anything, the step does not use.
@@ -75,7 +80,6 @@ def _build_eager(model, example):
             "max_batch_size."
         ) from failure
     if model.trainable_variables:
-        optimizer = model.optimizer
         with keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(model.trainable_variables)
 
@@ -118,6 +122,30 @@ def _failure_of_trace(step, example):
             raise
         return error
     return None
+
+
+@contextlib.contextmanager
+def _no_tensors_left(model):
+    """Puts attributes back that hold tensors of a trace, of no use outside."""
+    parts = [model, *keras_private.flatten_layers(model)]
+    before = [dict(vars(one)) for one in parts]
+    yield
+    for one, held in zip(parts, before):
+        for name, value in [*vars(one).items()]:
+            if not _holds_tensor_of_graph(value):
+                continue
+            if name in held:
+                setattr(one, name, held[name])
+            else:
+                delattr(one, name)
+
+
+def _holds_tensor_of_graph(value):
+    if isinstance(value, dict):
+        return any(map(_holds_tensor_of_graph, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_tensor_of_graph, value))
+    return tf.is_tensor(value) and hasattr(value, "graph")
 
 
 def _once_drawn(run):

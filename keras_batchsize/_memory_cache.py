@@ -163,12 +163,14 @@ def still_fits(profile, limit, safety_margin):
     """
     size = profile.max_batch_size
     peaks = [row.peak_bytes for row in profile.rows if row.batch_size == size]
-    if limit is None or peaks == [None]:
+    then = profile.memory_limit
+    if limit is None or (then and limit >= then):
         return True
+    if peaks == [None]:
+        # What was not measured was bounded by the limit, if anything was.
+        return not (then and "memory" in profile.reason)
     usable = limit * (1.0 - safety_margin)
-    if profile.memory_limit and profile.usable_bytes:
-        if limit >= profile.memory_limit:
-            return True
+    if then and profile.usable_bytes:
         # Of less memory as much has to stay free, for data and the like.
-        usable = profile.usable_bytes - (profile.memory_limit - limit)
+        usable = profile.usable_bytes - (then - limit)
     return max(peaks) + profile.hole_per_example * size <= usable

@@ -9,6 +9,7 @@ from keras_batchsize import _superbatches_sizes
 from keras_batchsize import replicas
 from keras_batchsize._superbatches_batched import DEFAULT_BATCH_SIZE
 from keras_batchsize._superbatches_host import WAITING
+from keras_batchsize._superbatches_sizes import MOST_BYTES
 
 # Batches that there are at once: one in use, and two that a pipeline has read
 # ahead.
@@ -22,8 +23,8 @@ def bytes_beside_steps(examples, meter, accumulates):
     """Returns the bytes that lie in the memory of steps as long as they run.
 
     On an accelerator Keras puts arrays there as a whole, for plain `fit`; of
-    several it takes the first, but all must try the same sizes. Those that
-    an `AdaptiveTrainer` trains on stay on the host.
+    several it takes the first, but all must try the same sizes. Of those that
+    an `AdaptiveTrainer` trains on one superbatch lies there, of 256 MB at most.
 
     Args:
         examples: An `Examples`.
@@ -31,7 +32,9 @@ def bytes_beside_steps(examples, meter, accumulates):
         accumulates: Whether an `AdaptiveTrainer` is to train.
     """
     if not meter.is_shared:
-        return 0 if accumulates else examples.accelerator_bytes
+        if accumulates:
+            return min(examples.superbatch_bytes, MOST_BYTES)
+        return examples.accelerator_bytes
     waiting = examples.superbatch_bytes if accumulates else 0
     return examples.data_bytes + waiting
 

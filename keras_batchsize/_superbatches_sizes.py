@@ -23,7 +23,7 @@ _BATCHES_OF_UNKNOWN = 64
 # Superbatches that are copied hold at most so many bytes, unless a batch does:
 # several wait at a time, on an accelerator one lies in its memory, and to train
 # on so much takes long enough for a call not to matter.
-_MOST_BYTES = 2**28
+MOST_BYTES = 2**28
 # On a CPU whose allocator has a limit they lie in it, beside the steps: of that
 # limit one takes at most this part.
 _LEAST_PART = 32
@@ -63,7 +63,7 @@ def superbatch_size(given, base, epoch, replicas, data):
 def _most_bytes():
     """Bytes that a superbatch which is copied may hold."""
     stated = exhaustion.stated_limit_on_cpu() or math.inf
-    return min(_MOST_BYTES, stated / _LEAST_PART)
+    return min(MOST_BYTES, stated / _LEAST_PART)
 
 
 def _own_size(own, given, base, replicas):

@@ -262,6 +262,8 @@ class DynamicBatchSize(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""
+        # Not after an error, when variables may be gone.
+        self._last_clock.note(self.model, self._train_function.controller)
         self.close()
 
     def close(self):
@@ -270,7 +272,6 @@ class DynamicBatchSize(keras.callbacks.Callback):
         if function is None:
             return
         function.uninstall()
-        self._last_clock.note(self.model, function.controller)
         if function.controller is not None:
             self._complete_report(function)
 

@@ -166,7 +166,12 @@ def _known(path, model, limits):
     """Returns the profile in a file, None if it does not hold any more."""
     profile = path and load(path)
     if profile is not None:
-        own, _ = meter_for(model).limit()
+        meter = meter_for(model)
+        resident = exhaustion.bytes_of(model_state.variables_of(model))
+        if meter.is_shared:
+            resident *= replicas.count(model) // replicas.workers(model)
+        meter.reset(resident)
+        own, _ = meter.limit()
         known = [one for one in (own, limits.memory_limit) if one is not None]
         least = min(known, default=None)
         if not still_fits(profile, least, limits.safety_margin):

@@ -5,8 +5,13 @@ TensorFlow's own allocator limited to 150 MB. A failed allocation makes it wait
 for ten seconds, so there are few of them.
 """
 
+import os
 import sys
 import warnings
+
+if hasattr(os, "sched_setaffinity"):
+    # On two processors, wherever it runs: each may hold batches and tensors.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
 
 import keras
 import numpy as np
@@ -225,7 +230,7 @@ def training_takes_no_more_than_its_trial():
         peak = tf.config.experimental.get_memory_info("CPU:0")["peak"]
         sys.stderr.write(f"{row.peak_bytes=} {peak=} {variables=}\n")
         # Equal steps differ. A copy of the variables is far more than that.
-        assert row.peak_bytes > peak - variables / 8, (row, peak)
+        assert row.peak_bytes > peak - variables / 2, (row, peak)
 
 
 def in_two_batches(size, features):

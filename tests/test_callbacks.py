@@ -125,6 +125,25 @@ def test_a_schedule_goes_on_in_a_second_fit(make_callbacks):
     assert_equal(train(2), train(1, 1))
 
 
+def test_a_schedule_asks_the_optimizer_where_an_earlier_state_was_loaded():
+    def train(callbacks, again):
+        model = comparing.seeded(
+            lambda: regressor(
+                rate=keras.optimizers.schedules.PolynomialDecay(0.05, 30, 0.0)
+            )
+        )
+        fit(callbacks, model, epochs=2)
+        model.optimizer.iterations.assign(1)
+        fit(again or callbacks, model, epochs=1)
+        return model
+
+    def callbacks():
+        return [kb.LearningRateScaling("linear", BASE, SUPERBATCH)]
+
+    # As callbacks do that have seen nothing.
+    assert_equal(train(callbacks(), None), train(callbacks(), callbacks()))
+
+
 def test_the_rate_may_belong_to_another_size_than_the_first():
     # Meant for 16 examples: at the initial 8 it is halved, without momentum
     # correction, which needs a rate that has been in force.

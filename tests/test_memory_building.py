@@ -59,6 +59,22 @@ class DrawsInStep(WithStep):
         return super().predicted(x) + noise
 
 
+class KeepsTensors(WithStep):
+    """Keeps what it computes from step to step, in its layers, too."""
+
+    average = None
+
+    def predicted(self, x):
+        predicted = super().predicted(x)
+        mean = tf.reduce_mean(predicted)
+        if self.average is not None:
+            mean = 0.9 * self.average + 0.1 * mean
+        self.average = mean
+        self.one.last = {"mean": [mean + getattr(self.one, "offset", 0.0)]}
+        self.one.offset = mean
+        return predicted
+
+
 class Scaled(keras.layers.Layer):
     """Draws the seed of its weight where that is made."""
 
@@ -108,6 +124,7 @@ MODELS = {
     "a step": WithStep,
     "optimizers": WithTwoOptimizers,
     "draws": DrawsInStep,
+    "tensors": KeepsTensors,
     "layers": of_layers,
 }
 
@@ -183,6 +200,21 @@ def test_an_eager_model_that_no_trace_builds_is_refused():
     assert trained_after(refused, make) == without
     # What the error says is enough.
     model = comparing.seeded(make)
+    model.train_on_batch(*comparing.regression(8))
+    probed(model)
+
+
+class ReadsBesideATeacher(ReadsValues):
+    """Holds a compiled model that it never trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = keras.Sequential([keras.layers.Dense(1)])
+        self.teacher.compile("adam", "mse")
+
+
+def test_what_a_trained_model_has_not_built_it_does_not_use():
+    model = comparing.seeded(compiled(ReadsBesideATeacher))
     model.train_on_batch(*comparing.regression(8))
     probed(model)
 
