@@ -145,7 +145,7 @@ def _holds_tensor_of_graph(value):
         return any(map(_holds_tensor_of_graph, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_holds_tensor_of_graph, value))
-    return tf.is_tensor(value) and hasattr(value, "graph")
+    return tf.is_tensor(value) and getattr(value, "graph", None) is not None
 
 
 def _once_drawn(run):
