@@ -1,6 +1,40 @@
-"""Where the clock of schedules stood when a `fit` with callbacks ended."""
+"""Where optimizer and clock of schedules stood when a `fit` ended."""
 
-import keras
+from keras_batchsize._train_function_timing import number
+
+
+class LastOptimizer:
+    """Remembers the optimizer of a model from one `fit` to the next."""
+
+    def __init__(self):
+        self._optimizer = None
+        self._steps = 0
+
+    def note(self, model):
+        """Remembers the optimizer that a model has now.
+
+        Args:
+            model: A compiled Keras model.
+        """
+        self._optimizer = model.optimizer
+        self._steps = number(model.optimizer.iterations)
+
+    def is_of(self, model):
+        """Whether the model has not been compiled anew."""
+        return self._optimizer is None or self._optimizer is model.optimizer
+
+    def steps_since(self, model):
+        """Updates that were made since, by a plain `fit`, say.
+
+        Args:
+            model: A compiled Keras model.
+
+        Returns:
+            Integer; 0 if another optimizer, or none, was noted.
+        """
+        if self._optimizer is not model.optimizer:
+            return 0
+        return number(model.optimizer.iterations) - self._steps
 
 
 class LastClock:
@@ -11,8 +45,8 @@ class LastClock:
     """
 
     def __init__(self):
-        self._optimizer = None
-        self._iterations = self._steps = 0
+        self._optimizer = LastOptimizer()
+        self._steps = None
 
     def note(self, model, controller):
         """Remembers where a training has come to.
@@ -23,9 +57,8 @@ class LastClock:
         """
         if controller is None:
             return
+        self._optimizer.note(model)
         clock = controller.clock
-        self._optimizer = model.optimizer
-        self._iterations = _iterations_of(model)
         self._steps = clock.steps - (-clock.examples // clock.batch_size)
 
     def tell(self, model, controller):
@@ -35,14 +68,10 @@ class LastClock:
             model: The compiled Keras model.
             controller: Its new `Controller`.
         """
-        if self._optimizer is None or self._optimizer is not model.optimizer:
+        if self._steps is None or not self._optimizer.is_of(model):
             return
         # What a plain `fit` did in between; less than none if an earlier
         # state was loaded, of which the optimizer tells more.
-        since = _iterations_of(model) - self._iterations
+        since = self._optimizer.steps_since(model)
         if since >= 0:
             controller.clock.steps = self._steps + since
-
-
-def _iterations_of(model):
-    return keras.ops.convert_to_numpy(model.optimizer.iterations).item()

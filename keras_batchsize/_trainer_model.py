@@ -19,40 +19,6 @@ _LARGEST_PART = 16
 _LARGEST_OF_UNKNOWN = 64
 
 
-class LastOptimizer:
-    """Remembers the optimizer of a model from one `fit` to the next."""
-
-    def __init__(self):
-        self._optimizer = None
-        self._steps = 0
-
-    def note(self, model):
-        """Remembers the optimizer that a model has now.
-
-        Args:
-            model: A compiled Keras model.
-        """
-        self._optimizer = model.optimizer
-        self._steps = _steps_of(model)
-
-    def is_of(self, model):
-        """Whether the model has not been compiled anew."""
-        return self._optimizer is None or self._optimizer is model.optimizer
-
-    def steps_since(self, model):
-        """Updates that were made since, by a plain `fit`, say.
-
-        Args:
-            model: A compiled Keras model.
-
-        Returns:
-            Integer; 0 if another optimizer, or none, was noted.
-        """
-        if self._optimizer is not model.optimizer:
-            return 0
-        return _steps_of(model) - self._steps
-
-
 class KeptProfile:
     """A profile, as long as model and data are what they were when probed."""
 
@@ -129,10 +95,6 @@ def _compiled(model):
         bool(model.jit_compile),
         bool(model.run_eagerly),
     )
-
-
-def _steps_of(model):
-    return keras.ops.convert_to_numpy(model.optimizer.iterations).item()
 
 
 def largest_by_default(model, base, examples, profile):

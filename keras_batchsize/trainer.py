@@ -9,11 +9,11 @@ from keras_batchsize import policies
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize import scaling
+from keras_batchsize._callbacks_clock import LastOptimizer
 from keras_batchsize._trainer_callbacks import TrainerBatchSize
 from keras_batchsize._trainer_callbacks import board_of
 from keras_batchsize._trainer_callbacks import callbacks_of
 from keras_batchsize._trainer_model import KeptProfile
-from keras_batchsize._trainer_model import LastOptimizer
 from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import check_state
 from keras_batchsize._trainer_model import largest_by_default
