@@ -90,8 +90,9 @@ def _draw_limit(axes, profile, line):
         return  # Where peaks are not measured, nothing is kept free.
     axes.axhspan(usable / 1e6, limit / 1e6, color=GREY, alpha=0.15,
                  linewidth=0, label="margin")
-    if profile.hole_per_example:
-        left = np.maximum(usable - profile.hole_per_example * line, 0.0)
+    if profile.fragmentation_per_example:
+        kept_free = profile.fragmentation_per_example * line
+        left = np.maximum(usable - kept_free, 0.0)
         axes.fill_between(line, left / 1e6, usable / 1e6, color=ORANGE,
                           alpha=0.15, linewidth=0, label="kept for fragments")
 

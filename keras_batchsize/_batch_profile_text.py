@@ -96,7 +96,7 @@ def _memory(profile):
         return f"not measured: {profile.measured_by}"
     if profile.memory_limit is None:
         return f"limit not known, measured by {profile.measured_by}"
-    holes = profile.hole_per_example * profile.max_batch_size
+    holes = profile.fragmentation_per_example * profile.max_batch_size
     fragments = ""
     if holes:
         fragments = f", {megabytes(holes)} MB of them kept for fragments"

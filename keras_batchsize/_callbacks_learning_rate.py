@@ -93,7 +93,7 @@ class LearningRateScaling(keras.callbacks.Callback):
             function = self._static = self._make_static()
         auto = learning_rate.rule_for(self.model.optimizer)
         function.rule = scaling.get(self.rule, auto)
-        function.rate_batch_size = self.base_batch_size
+        function.reference_batch_size = self.base_batch_size
         function.warmup_epochs = self.warmup_epochs
         function.corrects_momentum = self.momentum_correction
         self._attached = True
@@ -117,7 +117,7 @@ class LearningRateScaling(keras.callbacks.Callback):
             epochs=self.params.get("epochs", 1),
         )
         # For a backup that is called before us.
-        function.on_epoch_end = lambda epoch, logs: function.rest()
+        function.on_epoch_end = lambda epoch, logs: function.restore_momentum()
         function.install()
         return function
 
@@ -142,7 +142,7 @@ class LearningRateScaling(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Gives the momentum back, for those who save it."""
         if self._static is not None:
-            self._static.rest()
+            self._static.restore_momentum()
 
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""

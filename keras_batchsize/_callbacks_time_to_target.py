@@ -227,8 +227,8 @@ class TimeToTarget(keras.callbacks.Callback):
         elif self._book_superbatch not in function.on_superbatch:
             # Keras calls back once for several with `steps_per_execution`.
             function.on_superbatch.append(self._book_superbatch)
-            self._name = self._name_beside(function.tally.keeps)
-            function.tally.keeps[self._name] = self.get_state
+            self._name = self._name_beside(function.tally.state_getters)
+            function.tally.state_getters[self._name] = self.get_state
 
     def _name_beside(self, others):
         """Returns under which name a backup has its state.
@@ -251,7 +251,7 @@ class TimeToTarget(keras.callbacks.Callback):
     def _book_superbatch(self, row):
         """Books a superbatch when it has been trained on."""
         function = train_function_of(self.model)
-        self._go_on_from(function.tally.kept.pop(self._name, None))
+        self._go_on_from(function.tally.restored.pop(self._name, None))
         last, seconds = function.controller.last, self._lap()
         if replicas.count(self.model) > 1:
             # Several workers have agreed on it, and must stop alike.

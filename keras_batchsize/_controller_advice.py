@@ -64,7 +64,7 @@ def why_unchanged(controller):
     """
     if controller.policy.needs_noise and not controller.noise_scale.resolved:
         if controller.noise_scale is not UNKNOWN:
-            return "the noise scale was not resolved from zero"
+            return "the noise scale could not be told from infinity"
         return "no noise was measured, which takes two whole superbatches"
     if len(controller.ladder.sizes) == 1:
         return "the bounds leave one size only"

@@ -92,7 +92,7 @@ class Speed:
     def _scaled(self, sizes, seconds):
         expected = dataclasses.replace(self._expected, largest=self.largest)
         ratios = [one / expected(size) for size, one in zip(sizes, seconds)]
-        ratio = throughput.typical(ratios) if ratios else 1.0
+        ratio = throughput.lower_quartile(ratios) if ratios else 1.0
         return dataclasses.replace(
             expected,
             fixed=expected.fixed * ratio,
@@ -111,7 +111,7 @@ class Speed:
             status.batch_size,
             self._step_time,
             status.noise_scale,
-            status.size_of_the_rate,
+            status.reference_batch_size,
             status.efficiency,
         )
 
@@ -130,7 +130,7 @@ class Speed:
             new,
             known,
             status.noise_scale,
-            status.size_of_the_rate,
+            status.reference_batch_size,
             status.efficiency,
         )
 
@@ -148,13 +148,13 @@ class Speed:
         times = [self.timings.of(size) for size in (old, new)]
         if not all(times):
             return math.nan
-        old_seconds, new_seconds = map(throughput.typical, times)
+        old_seconds, new_seconds = map(throughput.lower_quartile, times)
         ratio = (new / new_seconds) / (old / old_seconds)
         return ratio * throughput.progress_ratio(
             old,
             new,
             status.noise_scale,
-            status.size_of_the_rate,
+            status.reference_batch_size,
             status.efficiency,
         )
 

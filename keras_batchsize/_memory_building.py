@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_forward import can_be_called
@@ -118,7 +118,7 @@ def _failure_of_trace(step, example):
     try:
         tf.function(traced, autograph=False).get_concrete_function(example)
     except Exception as error:  # Whatever a step of one's own raises.
-        if exhaustion.is_out_of_memory(error):
+        if out_of_memory.is_out_of_memory(error):
             raise
         return error
     return None

@@ -173,4 +173,4 @@ def still_fits(profile, limit, safety_margin):
     if then and profile.usable_bytes:
         # Of less memory as much has to stay free, for data and the like.
         usable = profile.usable_bytes - (then - limit)
-    return max(peaks) + profile.hole_per_example * size <= usable
+    return max(peaks) + profile.fragmentation_per_example * size <= usable

@@ -9,7 +9,7 @@ import keras
 
 from keras_batchsize import _batch_profile_text
 from keras_batchsize import _keras_private_random
-from keras_batchsize import exhaustion
+from keras_batchsize import out_of_memory
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import whole
 from keras_batchsize._memory_examples import read_examples
@@ -193,7 +193,7 @@ def _result(build_fn, policy, data, find, first):
         return PolicyResult(policy, None, (), False, text)
     except Exception as error:
         name = type(error).__name__
-        if exhaustion.is_out_of_memory(error):
+        if out_of_memory.is_out_of_memory(error):
             note = f"does not fit: {name}"
         elif policy != first.policy and isinstance(error, NOT_SUPPORTED):
             # A layer or a device that does not know the type.

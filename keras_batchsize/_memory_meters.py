@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import _memory_host
-from keras_batchsize import exhaustion
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 
 MEMORY, HOST_MEMORY = "memory", "host memory"
@@ -293,7 +293,7 @@ def allocator_limit(device):
     if kind != "CPU":
         limit = _configured_limit(kind, int(index))
         return limit if limit is not None else _session_limit(device), MEMORY
-    found, stated = [], exhaustion.stated_limit_on_cpu()
+    found, stated = [], out_of_memory.stated_limit_on_cpu()
     if stated is not None:
         found.append((stated, MEMORY))
     free = _memory_host.available_bytes()

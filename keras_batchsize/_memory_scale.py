@@ -2,8 +2,8 @@
 
 import keras
 
-from keras_batchsize import exhaustion
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 
 
 def lower_loss_scales(model):
@@ -20,5 +20,5 @@ def lower_loss_scales(model):
     for optimizer in model_state.all_optimizers_of(model).values():
         is_scaling = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if is_scaling and optimizer.built:
-            for scale in exhaustion.components(optimizer.dynamic_scale):
+            for scale in out_of_memory.components(optimizer.dynamic_scale):
                 scale.assign(1.0)

@@ -12,9 +12,9 @@ import random
 import numpy as np
 
 from keras_batchsize import _memory_host
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize._batch_profile_text import megabytes
 
 
@@ -46,8 +46,8 @@ class Snapshot:
         variables = model_state.variables_of(self._model)
         variables += keras_private.global_seeds(self._keras)
         new = [one for one in variables if id(one) not in self._known]
-        parts = [part for one in new for part in exhaustion.components(one)]
-        _check_room(exhaustion.bytes_of(parts))
+        parts = [part for one in new for part in out_of_memory.components(one)]
+        _check_room(out_of_memory.bytes_of(parts))
         self._known.update(map(id, new))
         self._values += [
             (part, np.array(part.numpy(), copy=True)) for part in parts

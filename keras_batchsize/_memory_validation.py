@@ -5,7 +5,7 @@ import functools
 import keras
 import tensorflow as tf
 
-from keras_batchsize import exhaustion
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_forward import can_be_called
@@ -59,5 +59,5 @@ def _runs(function, data):
         function(data)
     except Exception as error:  # Whatever a step of one's own raises.
         # Memory is no matter of the model: the trials tell what fits.
-        return exhaustion.is_out_of_memory(error)
+        return out_of_memory.is_out_of_memory(error)
     return True

@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import _memory_process
-from keras_batchsize import exhaustion
 from keras_batchsize import memory
+from keras_batchsize import out_of_memory
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_limits import Limits
 from keras_batchsize._memory_limits import NothingFits
@@ -71,7 +71,7 @@ def _built(request):
         if getattr(model, "optimizer", None) is None:
             raise ValueError("compile_from_config() does not compile it")
     except Exception as error:
-        if exhaustion.is_out_of_memory(error):
+        if out_of_memory.is_out_of_memory(error):
             limit = request["limits"]["memory_limit"]
             raise NothingFits(
                 "No batch size fits: not even the weights do. Received: "

@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 
 from keras_batchsize import exactness
-from keras_batchsize import exhaustion
 from keras_batchsize import learning_rate
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 from keras_batchsize import slicing
 from keras_batchsize._memory_building import build_layers
@@ -155,7 +155,7 @@ class Workload:
     @property
     def resident_bytes(self):
         """Bytes of weights, slots and whatever else stays between steps."""
-        return exhaustion.bytes_of(self._snapshot.variables)
+        return out_of_memory.bytes_of(self._snapshot.variables)
 
     def restore_values(self):
         """Puts the model's values back; the probe goes on."""
@@ -235,7 +235,7 @@ class Workload:
         return time.perf_counter() - started
 
     def _held(self, is_new=False):
-        """Holds values that XLA would otherwise take apart, see `exhaustion`.
+        """Holds values that XLA would take apart, see `out_of_memory`.
 
         Also those that training holds. Anew for each call: what a call made
         has only one owner again.
@@ -248,7 +248,7 @@ class Workload:
             return None
         variables = changed_by_training(self._model)
         holds = self.compiles or is_new or held_always(variables)
-        return exhaustion.HeldValues(variables) if holds else None
+        return out_of_memory.HeldValues(variables) if holds else None
 
     def _rate(self):
         step = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))

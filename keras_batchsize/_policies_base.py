@@ -16,7 +16,7 @@ class Status:
     Attributes:
         batch_size: Examples per update now.
         base_batch_size: The size that training starts from; B₀ as well,
-            unless `rate_batch_size` is given.
+            unless `reference_batch_size` is given.
         smaller: The next smaller size that may be used, or `batch_size`.
         larger: The next larger size that may be used, or `batch_size`.
         noise_scale: φ in examples. NaN while it is not resolved.
@@ -29,8 +29,8 @@ class Status:
         epoch: Zero-based integer.
         efficiency: Progress per example under the learning-rate rule in
             force: `throughput.efficiency` or `throughput.linear_efficiency`.
-        rate_batch_size: B₀, the size the user's learning rate was meant for,
-            if that is not `base_batch_size`.
+        reference_batch_size: B₀, the size the user's learning rate was meant
+            for. None stands for `base_batch_size`.
     """
 
     batch_size: int
@@ -45,12 +45,14 @@ class Status:
     loss: float = math.nan
     epoch: int = 0
     efficiency: Callable[..., float] = throughput.efficiency
-    rate_batch_size: int | None = None
+    reference_batch_size: int | None = None
 
-    @property
-    def size_of_the_rate(self):
-        """B₀, the size the user's learning rate was meant for."""
-        return self.rate_batch_size or self.base_batch_size
+    def __post_init__(self):
+        if self.reference_batch_size is None:
+            # The class is frozen: nobody else may set it.
+            object.__setattr__(
+                self, "reference_batch_size", self.base_batch_size
+            )
 
 
 class BatchSizePolicy:

@@ -75,10 +75,10 @@ class GrowOnPlateau(BatchSizePolicy):
     """Grows the batch when a metric has stopped improving.
 
     The twin of `keras.callbacks.ReduceLROnPlateau`, with the same waiting
-    and its arguments; a larger batch lowers the noise of SGD, g ≈ ε·N/B for a
-    rate ε and N examples, as a smaller rate does (Smith and Le 2018,
-    arXiv:1710.06451; Smith et al. 2018, ICLR; arXiv:1711.00489). Combine it
-    with `learning_rate_scaling="none"` for that effect.
+    and arguments of the same names; a larger batch lowers the noise of SGD,
+    g ≈ ε·N/B for a rate ε and N examples, as a smaller rate does (Smith and
+    Le 2018, arXiv:1710.06451; Smith et al. 2018, ICLR; arXiv:1711.00489).
+    Combine it with `learning_rate_scaling="none"` for that effect.
 
     Args:
         monitor: Key of the epoch logs to watch.

@@ -5,7 +5,7 @@ Part of `superbatches.py`.
 
 import math
 
-from keras_batchsize import exhaustion
+from keras_batchsize import out_of_memory
 from keras_batchsize.plan import checked_superbatch_size
 from keras_batchsize.plan import largest_on_ladder
 
@@ -62,7 +62,7 @@ def superbatch_size(given, base, epoch, replicas, data):
 
 def _most_bytes():
     """Bytes that a superbatch which is copied may hold."""
-    stated = exhaustion.stated_limit_on_cpu() or math.inf
+    stated = out_of_memory.stated_limit_on_cpu() or math.inf
     return min(MOST_BYTES, stated / _LEAST_PART)
 
 

@@ -33,12 +33,12 @@ def checked_graphs(team, model, controller, data, cuts=False):
         requirements.check_parts(model)
     else:
         # A loss that can be cut into parts is no sum.
-        size_of_the_rate = _size_of_the_rate(controller)
-        requirements.check_growth(model, sizes, size_of_the_rate)
+        reference_batch_size = _reference_batch_size(controller)
+        requirements.check_growth(model, sizes, reference_batch_size)
         if controller.rule is not scaling.none:
-            requirements.check_optimizers(model, sizes, size_of_the_rate)
+            requirements.check_optimizers(model, sizes, reference_batch_size)
     requirements.check_sizes(model, sizes)
-    team.tell_cost_of(controller.ladder.base)
+    team.warn_of_unequal_shares(controller.ladder.base)
     sample = team.sample(data)
     try:
         graphs = team.make_graphs(
@@ -72,7 +72,7 @@ def _size_varies(controller):
     return len(_sizes_under(controller)) > 1
 
 
-def _size_of_the_rate(controller):
+def _reference_batch_size(controller):
     """Returns the size at which the rate is as the user stated it."""
     if controller.rule is scaling.none:
         return controller.ladder.base

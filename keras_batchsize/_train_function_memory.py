@@ -3,7 +3,7 @@
 A step that failed half-way has changed some variables already. Their values
 are held while it runs, so that it can be repeated as if nothing had been:
 nothing is lost, nothing trained on twice. Under XLA this is also what keeps the
-process whole, see `exhaustion`.
+process whole, see `out_of_memory`.
 """
 
 import gc
@@ -12,9 +12,9 @@ import warnings
 
 import tensorflow as tf
 
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 
 # Holding costs one more copy of the variables while a superbatch is trained on.
@@ -43,7 +43,7 @@ class MemoryGuard:
         self._is_alone = is_alone
         self._is_replicated = replicas.strategy_of(model) is not None
         self._held_always = (
-            _HELD_ALWAYS if exhaustion.raises_when_exhausted() else 0
+            _HELD_ALWAYS if out_of_memory.raises_when_exhausted() else 0
         )
         self._succeeded = {}
 
@@ -70,7 +70,7 @@ class MemoryGuard:
             try:
                 result = train()
             except Exception as error:
-                if not exhaustion.is_out_of_memory(error):
+                if not out_of_memory.is_out_of_memory(error):
                     raise
                 if held is None or not self._is_alone:
                     self._give_up(error, backup_dir)
@@ -89,9 +89,9 @@ class MemoryGuard:
         if proven and not self._held_always:
             return None
         variables = changed_by_training(self._model)
-        if proven and exhaustion.bytes_of(variables) > self._held_always:
+        if proven and out_of_memory.bytes_of(variables) > self._held_always:
             return None
-        return exhaustion.HeldValues(variables)
+        return out_of_memory.HeldValues(variables)
 
     def _give_up(self, error, backup_dir):
         kind = VariablesFreed if self._compiles() else RuntimeError
@@ -149,8 +149,8 @@ def held_always(variables):
     Args:
         variables: What `changed_by_training` returns.
     """
-    may_fail = exhaustion.raises_when_exhausted()
-    return may_fail and exhaustion.bytes_of(variables) <= _HELD_ALWAYS
+    may_fail = out_of_memory.raises_when_exhausted()
+    return may_fail and out_of_memory.bytes_of(variables) <= _HELD_ALWAYS
 
 
 def changed_by_training(model):

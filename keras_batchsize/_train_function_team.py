@@ -73,8 +73,8 @@ class OneDevice:
             weighs_examples=size_varies or self._has_static_sizes,
         )
 
-    def tell_cost_of(self, batch_size):
-        """Says what a base batch size costs: one device shares nothing."""
+    def warn_of_unequal_shares(self, batch_size):
+        """Warns of shares that differ in size: one device has no shares."""
 
     def extent(self, data):
         """Returns the examples of a superbatch, and where they end."""
@@ -155,7 +155,7 @@ class Team:
             weighs_examples=size_varies,
         )
 
-    def tell_cost_of(self, batch_size):
+    def warn_of_unequal_shares(self, batch_size):
         """Says what a base batch size costs that is not shared evenly.
 
         Args:

@@ -4,7 +4,7 @@ import math
 import warnings
 
 
-def warn_once(function, measurement, has_warned):
+def warn_of_loss(function, measurement, has_warned):
     """Warns the first time that a loss is not finite.
 
     Args:

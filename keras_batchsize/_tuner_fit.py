@@ -11,8 +11,8 @@ from keras_batchsize import _superbatches_arrays as _arrays
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
 from keras_batchsize._superbatches_datasets import is_batched
-from keras_batchsize.exhaustion import is_out_of_memory
 from keras_batchsize.memory import NothingFits
+from keras_batchsize.out_of_memory import is_out_of_memory
 from keras_batchsize.trainer import AdaptiveTrainer
 
 # The error of halving micro-batches, an ordinary one of a configuration

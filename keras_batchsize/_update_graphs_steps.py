@@ -68,7 +68,7 @@ class Steps:
             self.whole = self._function(self._one_step)
         return concrete.structured_outputs
 
-    def serve(self, model, splits, weighs_examples):
+    def matches(self, model, splits, weighs_examples):
         """Whether they are those of a model as it is now.
 
         Args:
@@ -118,7 +118,7 @@ class KeptSteps:
         Args:
             *arguments: Those of `Steps`.
         """
-        if self._steps is None or not self._steps.serve(*arguments):
+        if self._steps is None or not self._steps.matches(*arguments):
             self._steps = Steps(*arguments)
         return self._steps
 

@@ -72,8 +72,8 @@ class BatchProfile:
         usable_bytes: Bytes that a peak may reach: the limit without the
             margins. None if not known.
         resident_bytes: Bytes in use between steps; None if not known.
-        hole_per_example: Bytes per example that stay free above the peak, for
-            the fragmentation of the allocator.
+        fragmentation_per_example: Bytes per example that stay free above the
+            peak, for the fragmentation of the allocator.
         dtype_policy: Name of the model's dtype policy, or several, joined.
         device: What was measured, say "GPU:0".
         measured_by: How memory was measured.
@@ -88,7 +88,7 @@ class BatchProfile:
     memory_limit: int | None = None
     usable_bytes: int | None = None
     resident_bytes: int | None = None
-    hole_per_example: float = 0.0
+    fragmentation_per_example: float = 0.0
     dtype_policy: str = ""
     device: str = ""
     measured_by: str = ""
@@ -171,10 +171,11 @@ class BatchProfile:
         return self.memory_line()[1]
 
     def memory_line(self):
-        """Fits peak bytes = a + b·B to the two largest sizes that ran.
+        """Fits peak bytes = a + b·B to two of the largest sizes that ran.
 
-        Small sizes are left out: workspaces of a fixed size hide what an
-        example takes.
+        The largest, and the next that is smaller by a sixth or more: of
+        sizes closer by, noise would tell. Small sizes are left out:
+        workspaces of a fixed size hide what an example takes.
 
         Returns:
             Pair (a, b) of floats, NaN if fewer than two sizes were measured.
@@ -202,7 +203,7 @@ class BatchProfile:
         constant, slope = self.memory_line()
         if self.usable_bytes is None or not slope > 0.0:
             return math.nan
-        slope += self.hole_per_example
+        slope += self.fragmentation_per_example
         return max(
             (self.usable_bytes - constant) // slope, self.max_batch_size
         )

@@ -233,7 +233,7 @@ class DynamicBatchSize(keras.callbacks.Callback):
         # Keras has read its metrics before that.
         logs.update((one, losses[one]) for one in losses.keys() & logs.keys())
         # Who goes on from what others save knows the optimizer's rate only.
-        function.rest()
+        function.restore_momentum()
         seconds = function.epoch_seconds
         estimate = controller.noise_scale
         logs["batch_size"] = float(controller.batch_size)

@@ -311,7 +311,7 @@ class Controller:
             loss=math.nan if self.last.loss is None else self.last.loss,
             epoch=self.epoch,
             efficiency=self.efficiency,
-            rate_batch_size=self.clock.batch_size,
+            reference_batch_size=self.clock.batch_size,
         )
 
     def _status_at_estimate(self):

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize import slicing
 from keras_batchsize._exactness_compared import compared
 
@@ -225,7 +225,7 @@ def _with_memory_for(size, check):
             check(size)
             return
         except Exception as error:
-            if not exhaustion.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
         size //= 2
 

@@ -3,7 +3,7 @@
 Separation of concerns:
 
 - Here: what a caller may ask for.
-- `_memory_course.py`, `_memory_seen.py`: the course of a probe.
+- `_memory_probing.py`, `_memory_peaks.py`: the course of a probe.
 - `_memory_process.py`, `_memory_worker.py`: the same in a child process.
 - `_memory_cache.py`: profiles kept in a folder.
 - `_memory_workers.py`: what several workers settle before.
@@ -29,8 +29,8 @@ import tensorflow as tf
 
 from keras_batchsize import _keras_private_random
 from keras_batchsize import exactness
-from keras_batchsize import exhaustion
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 from keras_batchsize import requirements
 from keras_batchsize._batch_profile_text import megabytes
@@ -41,7 +41,6 @@ from keras_batchsize._memory_cache import load
 from keras_batchsize._memory_cache import path_of
 from keras_batchsize._memory_cache import still_fits
 from keras_batchsize._memory_compare import compared
-from keras_batchsize._memory_course import Course
 from keras_batchsize._memory_data import bytes_beside_steps
 from keras_batchsize._memory_examples import can_be_read_twice
 from keras_batchsize._memory_examples import may_be_read_ahead
@@ -52,6 +51,7 @@ from keras_batchsize._memory_limits import NothingFits
 from keras_batchsize._memory_limits import errors_of_fit
 from keras_batchsize._memory_meters import devices_of
 from keras_batchsize._memory_meters import meter_for
+from keras_batchsize._memory_probing import Probing
 from keras_batchsize._memory_process import probe_in_process
 from keras_batchsize._memory_workers import check_alike
 from keras_batchsize._memory_workers import least_limit
@@ -167,7 +167,7 @@ def _known(path, model, limits):
     profile = path and load(path)
     if profile is not None:
         meter = meter_for(model)
-        resident = exhaustion.bytes_of(model_state.variables_of(model))
+        resident = out_of_memory.bytes_of(model_state.variables_of(model))
         if meter.is_shared:
             resident *= replicas.count(model) // replicas.workers(model)
         meter.reset(resident)
@@ -327,7 +327,7 @@ def _check_weights(model, limits):
     Those of a model that is not built show when the probe has built it, which
     cannot be undone. On several workers all of them raise.
     """
-    needed = exhaustion.bytes_of(model_state.variables_of(model))
+    needed = out_of_memory.bytes_of(model_state.variables_of(model))
     least = least_limit(model, limits)
     usable = (least or math.inf) * (1.0 - limits.safety_margin)
     if needed >= usable:
@@ -357,6 +357,6 @@ def probe(model, examples, limits, accumulates=True, meter=None):
     meter.settle(limits.memory_limit)
     beside = bytes_beside_steps(examples, meter, accumulates)
     with Workload(model, examples, meter, accumulates) as workload:
-        return Course(
+        return Probing(
             workload, examples, limits, meter, model, beside
         ).run()

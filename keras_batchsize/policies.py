@@ -112,7 +112,7 @@ def _speedup(status, size, step_time):
         size,
         step_time,
         status.noise_scale,
-        status.size_of_the_rate,
+        status.reference_batch_size,
         status.efficiency,
     )
 

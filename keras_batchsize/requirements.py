@@ -130,7 +130,7 @@ def check_sizes(model, sizes):
         _refuse_size(size, f"of {' or '.join(map(str, others))} examples")
 
 
-def check_growth(model, sizes, size_of_the_rate):
+def check_growth(model, sizes, reference_batch_size):
     """Raises if a loss is a sum over a batch that does not keep its size.
 
     Its gradient grows with the batch, and so does the rate by its rule: an
@@ -139,12 +139,12 @@ def check_growth(model, sizes, size_of_the_rate):
     Args:
         model: A compiled Keras model.
         sizes: Sizes that updates may have, in examples.
-        size_of_the_rate: Size that the learning rate was meant for.
+        reference_batch_size: Size that the learning rate was meant for.
 
     Raises:
         ValueError: If a loss is a sum, and a size is another than that.
     """
-    others = sorted({*sizes} - {size_of_the_rate})
+    others = sorted({*sizes} - {reference_batch_size})
     sums = exactness.reductions_of(model) & exactness.SUMS
     if others and sums:
         raise ValueError(
@@ -153,13 +153,14 @@ def check_growth(model, sizes, size_of_the_rate):
             "the learning rate does. Received: "
             f"reduction={sorted(map(str, sums))}, and updates of "
             f"{' or '.join(map(str, others))} examples with the rate for "
-            f'{size_of_the_rate}. Use reduction="sum_over_batch_size" and a '
-            f"learning rate multiplied by {size_of_the_rate}. Or use "
-            'policy="fixed", which keeps the size.'
+            f"{reference_batch_size}. Use "
+            'reduction="sum_over_batch_size" and a learning rate multiplied by '
+            f'{reference_batch_size}. Or use policy="fixed", which keeps the '
+            "size."
         )
 
 
-def check_optimizers(model, sizes, size_of_the_rate):
+def check_optimizers(model, sizes, reference_batch_size):
     """Raises if a model has optimizers whose learning rate would stay.
 
     A model with its own `train_step` may hold several, as a GAN does. Only the
@@ -168,7 +169,7 @@ def check_optimizers(model, sizes, size_of_the_rate):
     Args:
         model: A compiled Keras model.
         sizes: Sizes that updates may have, in examples, at rates of their own.
-        size_of_the_rate: Size that the learning rate was meant for.
+        reference_batch_size: Size that the learning rate was meant for.
 
     Raises:
         ValueError: If there are others, and a size is another than that.
@@ -180,14 +181,14 @@ def check_optimizers(model, sizes, size_of_the_rate):
         for name, value in _optimizers_in_use(model)
         if not any(value is one for one in compiled)
     )
-    others = sorted({*sizes} - {size_of_the_rate})
+    others = sorted({*sizes} - {reference_batch_size})
     if names and others:
         raise ValueError(
             "A model must have one optimizer where the learning rate follows "
             "the batch size: that of others would stay. Received: "
             f"{' and '.join(names)} beside the compiled optimizer, and "
             f"updates of {' or '.join(map(str, others))} examples with the "
-            f"rate for {size_of_the_rate}. Use "
+            f"rate for {reference_batch_size}. Use "
             'learning_rate_scaling="none" and set their rates yourself, in '
             "`on_epoch_begin` of a callback, say."
         )

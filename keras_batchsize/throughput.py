@@ -104,7 +104,7 @@ def fit_step_time(
     for size, one in zip(sizes.tolist(), times.tolist()):
         groups.setdefault(size, []).append(one)
     points = [
-        (max(size / largest, 1.0), size, typical(one), len(one))
+        (max(size / largest, 1.0), size, lower_quartile(one), len(one))
         for size, one in sorted(groups.items())
     ]
     if len({min(size, largest) for _, size, _, _ in points}) == 1:
@@ -114,7 +114,7 @@ def fit_step_time(
     return StepTime(*_line(points), largest, False, communication)
 
 
-def typical(seconds):
+def lower_quartile(seconds):
     """Returns the lower quartile of times, one of them.
 
     Args:

@@ -20,16 +20,16 @@ from keras_batchsize._train_function_memory import MemoryGuard
 from keras_batchsize._train_function_memory import VariablesFreed
 from keras_batchsize._train_function_memory import halved
 from keras_batchsize._train_function_place import Place
-from keras_batchsize._train_function_rows import Tally
-from keras_batchsize._train_function_rows import change_of
-from keras_batchsize._train_function_rows import row_of
 from keras_batchsize._train_function_steps import EpochSteps
+from keras_batchsize._train_function_tally import Tally
+from keras_batchsize._train_function_tally import change_of
+from keras_batchsize._train_function_tally import row_of
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
 from keras_batchsize._train_function_timing import losses_of
 from keras_batchsize._train_function_timing import number
 from keras_batchsize._train_function_timing import scalar_of
-from keras_batchsize._train_function_warning import warn_once
+from keras_batchsize._train_function_warning import warn_of_loss
 from keras_batchsize.learning_rate import rate_in_force
 from keras_batchsize.measuring import PARTS
 from keras_batchsize.noise import MicroBatchNorms
@@ -57,7 +57,7 @@ class AdaptiveTrainFunction:
         corrects_momentum: Whether momentum is rescaled with the factor.
         factor: The learning-rate factor in force, warm-up included.
         rule: The learning-rate rule.
-        rate_batch_size: B₀ where it is not the base batch size, or None.
+        reference_batch_size: B₀ where it is not the base batch size, or None.
         on_superbatch: `Listeners` called with the `Row` of each superbatch.
         on_decision: `Listeners` called with each `Change` of the size.
         on_first_superbatch: Function called with it and the controller.
@@ -89,7 +89,7 @@ class AdaptiveTrainFunction:
         self.steps = EpochSteps(steps)
         self._epochs = epochs
         self.tally = Tally()
-        self.identity = self.backup_dir = self.rate_batch_size = None
+        self.identity = self.backup_dir = self.reference_batch_size = None
         self.epoch = self.epoch_examples = 0
         self.epoch_seconds, self.factor = 0.0, 1.0
         self.rule = scaling.none
@@ -110,9 +110,9 @@ class AdaptiveTrainFunction:
     def uninstall(self):
         """Gives the model its own train function and momentum back."""
         self._place.give_back(self)
-        self.rest()
+        self.restore_momentum()
 
-    def rest(self):
+    def restore_momentum(self):
         """Gives the momentum back until the next update: others may save."""
         self._set_factor(1.0)
 
@@ -249,8 +249,8 @@ class AdaptiveTrainFunction:
         controller = self._controller_for(total)
         controller.rule = self.rule
         controller.epoch = self.epoch
-        if self.rate_batch_size is not None:
-            controller.clock.batch_size = self.rate_batch_size
+        if self.reference_batch_size is not None:
+            controller.clock.batch_size = self.reference_batch_size
         if self.rule not in scaling.NEED_NO_NOISE:
             controller.measure_for_rule()
         self.tally.begin(controller, self.epoch)
@@ -394,7 +394,7 @@ class AdaptiveTrainFunction:
     def _report(self, measurement):
         self.epoch_seconds += measurement.seconds
         self.epoch_examples += measurement.examples
-        self._has_warned = warn_once(self, measurement, self._has_warned)
+        self._has_warned = warn_of_loss(self, measurement, self._has_warned)
         self.controller.observe(measurement)
         self.tally.add(measurement)
         self.on_superbatch(row_of(self, measurement))

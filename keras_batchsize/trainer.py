@@ -62,8 +62,8 @@ class AdaptiveTrainer:
             accumulated.
         superbatch_size: Examples per Keras step, the base batch size times a
             power of two (and a multiple of the replicas). None for a
-            sixteenth of an epoch, or up to an eighth for 64 base batches, and
-            at most 256 MB of examples.
+            sixteenth of an epoch, or up to an eighth for 64 base batches, of
+            small data 256 examples, and at most 256 MB where data are copied.
         measure_every: Measure once in so many updates, but no more than once
             per superbatch; "auto" for as often as 2 % of the time pay for.
         tensorboard: Folder to write to for TensorBoard, or the

@@ -10,9 +10,9 @@ import tensorflow as tf
 import keras_batchsize as kb
 from keras_batchsize import _memory_meters
 from keras_batchsize import _superbatches_arrays
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize._memory_examples import read_examples
 
 
@@ -20,7 +20,7 @@ def replica_values(model):
     return [
         np.array(component.numpy())
         for variable in model_state.variables_of(model)
-        for component in exhaustion.components(variable)
+        for component in out_of_memory.components(variable)
     ]
 
 

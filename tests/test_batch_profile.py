@@ -178,7 +178,7 @@ def test_plot_says_what_to_install(monkeypatch):
 
 
 def test_plot_shows_what_is_kept_for_fragments():
-    found = profile(hole_per_example=2e5)
+    found = profile(fragmentation_per_example=2e5)
     memory, _ = found.plot().axes
     (kept,) = [
         one

@@ -681,7 +681,7 @@ def test_it_says_why_the_size_stays():
     )
     trained(controller, Machine(1e6), 4)
     assert why_unchanged(controller) == (
-        "the noise scale was not resolved from zero"
+        "the noise scale could not be told from infinity"
     )
     controller = make_controller()
     trained(controller, Machine(1.0), 60)

@@ -29,7 +29,7 @@ FLOORS = (
     ("batch_profile", "policies", "records", "size_search"),
     ("controller", "report", "tensorboard"),
     # From here on TensorFlow and Keras may be imported.
-    ("exhaustion", "keras_private", "slicing"),
+    ("out_of_memory", "keras_private", "slicing"),
     ("model_state", "replicas", "workers"),
     ("distributed", "exactness", "learning_rate", "superbatches"),
     ("gradients", "requirements"),

@@ -23,10 +23,10 @@ from fake_memory import probe
 import keras_batchsize as kb
 from keras_batchsize import _memory_host
 from keras_batchsize import memory
-from keras_batchsize._memory_course import Seen
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_forward import forward_of
 from keras_batchsize._memory_meters import AllocatorMeter
+from keras_batchsize._memory_probing import Peaks
 
 # What it returns.
 
@@ -182,13 +182,13 @@ def test_only_near_the_margin_a_size_is_run_again(start, times):
 
 @pytest.mark.parametrize("peaks", [[9.0, 7.0], [7.0, 9.0], [9.0, 7.0, 7.0]])
 def test_of_few_peaks_the_largest_counts(peaks):
-    seen = Seen()
+    seen = Peaks()
     seen.add(peaks, None, [])
     assert seen.usual == seen.most == 9.0
 
 
 def test_of_more_peaks_the_mean_counts_without_the_first():
-    seen = Seen()
+    seen = Peaks()
     seen.add([9.0, 7.0], 3.0, [11.0])
     seen.add([6.0, 5.0], 4.0, [])
     assert (seen.usual, seen.other, seen.most) == (6.0, 4.0, 11.0)
@@ -197,7 +197,7 @@ def test_of_more_peaks_the_mean_counts_without_the_first():
 def test_fragmentation_takes_two_tensors_of_typical_size():
     meter = FirstPeakMeter(1.0, limit=10 * MB, slope=1000)
     profile = probe(meter, wide())
-    hole = profile.hole_per_example
+    hole = profile.fragmentation_per_example
     # Inputs are small: nearly all bytes lie in tensors of 2000.
     assert 0.95 * 4000 < hole < 4000
     room = 10 * MB * 0.95
@@ -558,7 +558,7 @@ def test_workers_agree_on_the_fullest_and_the_slowest(monkeypatch):
         def largest(self, values):
             return [2.0 * value for value in values]
 
-    course = memory.Course
+    course = memory.Probing
     agreed = course._agreed
 
     def with_another(self, *values):

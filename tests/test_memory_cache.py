@@ -183,7 +183,7 @@ def test_a_profile_holds_where_a_trial_would_still_fit(limit, expected):
         rows=[ProfileRow(4, 730, None, 0.1, True)],
         memory_limit=1000,
         usable_bytes=780,
-        hole_per_example=10.0,
+        fragmentation_per_example=10.0,
     )
     assert _memory_cache.still_fits(found, limit, 0.05) == expected
 

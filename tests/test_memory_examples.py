@@ -322,7 +322,7 @@ def test_where_no_size_is_known_a_share_is_left_for_fragments(
     limits = memory.Limits(safety_margin=0.05)
     profile = memory.probe(model, examples, limits, True, meter)
     share = 0.25 * 0.02 * MB
-    assert profile.hole_per_example == pytest.approx(share, rel=0.01)
+    assert profile.fragmentation_per_example == pytest.approx(share, rel=0.01)
     needed = (0.02 * MB + share) * profile.max_batch_size
     assert 0.85 * 95 * MB <= needed <= 95 * MB
     # No jump is larger than what was measured allows.

@@ -18,10 +18,10 @@ from fake_memory import FakeWorkload
 import keras_batchsize as kb
 from keras_batchsize import _memory_compare
 from keras_batchsize import _memory_workload
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
 from keras_batchsize import memory
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize._memory_examples import read_examples
@@ -326,9 +326,9 @@ def test_a_probe_holds_what_training_always_holds(
     may_fail, trains, monkeypatch
 ):
     monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "1" if may_fail else "0")
-    held, hold = [], exhaustion.HeldValues
+    held, hold = [], out_of_memory.HeldValues
     monkeypatch.setattr(
-        exhaustion, "HeldValues", lambda which: held.append(1) or hold(which)
+        out_of_memory, "HeldValues", lambda which: held.append(1) or hold(which)
     )
     model, guards = make(), trains == "adaptive"
     examples = read_examples(model, *comparing.regression(16))
@@ -343,7 +343,7 @@ def test_a_trial_holds_what_training_holds_while_a_size_is_new(
     splits, monkeypatch
 ):
     # Too large to be held always, and nothing that raises errors.
-    held, hold = [], exhaustion.HeldValues
+    held, hold = [], out_of_memory.HeldValues
     model = make() if splits else compiled(of_own_step(OwnLoss))()
 
     def holds(variables):
@@ -352,7 +352,7 @@ def test_a_trial_holds_what_training_holds_while_a_size_is_new(
 
     examples = read_examples(model, *comparing.regression(16))
     with Workload(model, examples, FakeMeter(None), True) as workload:
-        monkeypatch.setattr(exhaustion, "HeldValues", holds)
+        monkeypatch.setattr(out_of_memory, "HeldValues", holds)
         workload.superbatch(4)
         # One call, of which the second update finds copies.
         assert held == [0]
@@ -370,7 +370,7 @@ def test_nothing_is_held_beside_other_workers(monkeypatch):
         return made
 
     monkeypatch.setattr(_memory_workload, "team_of", not_alone)
-    monkeypatch.setattr(exhaustion, "HeldValues", None)
+    monkeypatch.setattr(out_of_memory, "HeldValues", None)
     monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "1")
     model = make()
     examples = read_examples(model, *comparing.regression(16))

@@ -261,7 +261,7 @@ def test_goodput_changes_only_for_the_speedup_asked_for(
             batch_size,
             step_time=step_time,
             efficiency=efficiency,
-            rate_batch_size=meant_for,
+            reference_batch_size=meant_for,
         )
         for noise_scale in NOISE_SCALES[1:]:
 

@@ -17,8 +17,8 @@ from comparing import compiled
 import keras_batchsize as kb
 from keras_batchsize import _train_function_memory
 from keras_batchsize import exactness
-from keras_batchsize import exhaustion
 from keras_batchsize import model_state
+from keras_batchsize import out_of_memory
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.train_function import AdaptiveTrainFunction
 
@@ -306,7 +306,9 @@ def test_variables_are_held_where_memory_may_run_out(is_limited, monkeypatch):
     guard = _train_function_memory.MemoryGuard(of_limited(10**6)())
     held = []
     monkeypatch.setattr(
-        exhaustion, "HeldValues", lambda variables: held.append(len(variables))
+        out_of_memory,
+        "HeldValues",
+        lambda variables: held.append(len(variables)),
     )
     for _ in range(4):
         guard.run(lambda: 1, "key", None)
@@ -385,7 +387,7 @@ def test_a_ragged_tail_that_is_too_large_is_no_surprise(monkeypatch):
 def test_other_workers_are_not_left_waiting(monkeypatch):
     guard = _train_function_memory.MemoryGuard(of_limited(1)(), False)
     # Nothing would come of it.
-    monkeypatch.setattr(exhaustion, "HeldValues", None)
+    monkeypatch.setattr(out_of_memory, "HeldValues", None)
 
     def fails():
         raise MemoryError
@@ -446,14 +448,14 @@ def test_backup_is_named_whoever_makes_it(kind, tmp_path):
     ],
 )
 def test_what_counts_as_out_of_memory(error, expected):
-    assert exhaustion.is_out_of_memory(error) == expected
+    assert out_of_memory.is_out_of_memory(error) == expected
 
 
 def test_held_values_are_those_from_before():
     model = of_limited(10**6)()
     model.fit(*comparing.regression(), verbose=0)
     before = comparing.variables_of(model)
-    held = exhaustion.HeldValues(model_state.variables_of(model))
+    held = out_of_memory.HeldValues(model_state.variables_of(model))
     model.fit(*comparing.regression(), batch_size=10, verbose=0)
     held.put_back()
     after = comparing.variables_of(model)

@@ -289,10 +289,10 @@ def test_the_layout_names_tags_that_exist(written):
 
 def test_the_probe_is_shown_as_table_picture_and_memory(tmp_path):
     rows = [
-        ProfileRow(size, 2**20 * size, None, 1e-3 * size, fits)
+        ProfileRow(size, 10**6 * size, None, 1e-3 * size, fits)
         for size, fits in ((8, True), (32, True), (64, False))
     ]
-    profile = BatchProfile(rows, 32, "memory", 2**26, usable_bytes=2**25)
+    profile = BatchProfile(rows, 32, "memory", 64e6, usable_bytes=32e6)
 
     class Probed(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -306,13 +306,13 @@ def test_the_probe_is_shown_as_table_picture_and_memory(tmp_path):
     [[table]] = read.strings(tags.TEXT_PROBE)
     assert "| 32 | 32.0 | – | 32 | 1,000 | yes |" in table
     assert "| 64 | 64.0 | – | 64 | 1,000 | **no** |" in table
-    assert "Largest batch size: **32**. Memory limit: 64.0 MiB" in table
+    assert "Largest batch size: **32**. Memory limit: 64.0 MB" in table
     peaks = read.scalars("memory/peak_bytes")[1]
     micro = read.scalars("batch_size/micro")[1]
     # 16 was not probed; it lies on the line between 8 and 32.
     assert set(micro) == {8, 16, 32}
-    assert peaks == [2**20 * size for size in micro]
-    assert set(read.scalars("memory/limit_bytes")[1]) == {2**26}
+    assert peaks == [10**6 * size for size in micro]
+    assert set(read.scalars("memory/limit_bytes")[1]) == {64e6}
     if importlib.util.find_spec("matplotlib"):
         assert tags.IMAGE_PROBE in read.plugin("images")
 

@@ -14,7 +14,7 @@ import keras_batchsize as kb
 from keras_batchsize import _callbacks_time_to_target
 from keras_batchsize import records
 from keras_batchsize._callbacks_time_to_target import TrainingClock
-from keras_batchsize._train_function_rows import Tally
+from keras_batchsize._train_function_tally import Tally
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(256, 4)).astype("float32")

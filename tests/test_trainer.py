@@ -19,7 +19,7 @@ from comparing import regression
 import keras_batchsize as kb
 from keras_batchsize import scaling
 from keras_batchsize._callbacks_base import settings_of
-from keras_batchsize._train_function_rows import Tally
+from keras_batchsize._train_function_tally import Tally
 from keras_batchsize.controller import Controller
 from keras_batchsize.plan import Ladder
 from keras_batchsize.records import Measurement

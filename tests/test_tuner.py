@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import keras_batchsize as kb
 from keras_batchsize import tuner as kbt
-from keras_batchsize._train_function_rows import Tally
+from keras_batchsize._train_function_tally import Tally
 from keras_batchsize._tuner_penalty import Penalties
 
 RNG = np.random.default_rng(0)

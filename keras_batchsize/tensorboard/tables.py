@@ -75,8 +75,8 @@ def profile(probe):
     rows = [
         (
             f"{row.batch_size:,}",
-            _mebibytes(row.peak_bytes),
-            _mebibytes(row.predicted_bytes),
+            _megabytes(row.peak_bytes),
+            _megabytes(row.predicted_bytes),
             _number(row.step_seconds and 1e3 * row.step_seconds),
             _number(row.step_seconds and row.batch_size / row.step_seconds),
             "yes" if row.fits else "**no**",
@@ -85,16 +85,16 @@ def profile(probe):
     ]
     header = (
         "batch size",
-        "peak MiB",
-        "predicted MiB",
+        "peak MB",
+        "predicted MB",
         "ms per update",
         "examples/s",
         "fits",
     )
-    limit = _mebibytes(probe.memory_limit)
+    limit = _megabytes(probe.memory_limit)
     return (
         f"{_table(header, rows)}\n\nLargest batch size: "
-        f"**{probe.max_batch_size:,}**. Memory limit: {limit} MiB. 95 % of "
+        f"**{probe.max_batch_size:,}**. Memory limit: {limit} MB. 95 % of "
         f"the best speed from {probe.saturation_batch_size:,} on."
     )
 
@@ -110,8 +110,8 @@ def _cell(value):
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _mebibytes(count):
-    return "–" if count is None else f"{count / 2**20:,.1f}"
+def _megabytes(count):
+    return "–" if count is None else f"{count / 1e6:,.1f}"
 
 
 def _number(value):

@@ -43,7 +43,9 @@ SCALARS = {
         "Peak memory at this micro-batch size, as the probe measured it, or "
         "in between two sizes that it measured."
     ),
-    "memory/limit_bytes": "Memory that the probe allowed.",
+    "memory/limit_bytes": (
+        "Memory of the device, or the limit that the probe was given."
+    ),
     "progress/updates": "Optimizer updates made.",
     "progress/epoch": "Epochs done, with the part of the present one.",
     "progress/loss": "Mean training loss of the epoch so far, as Keras has it.",

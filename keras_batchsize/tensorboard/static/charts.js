@@ -3,7 +3,7 @@
 import { endOf, gridBetween, jumpsOf, positionOf, resample } from "./data.js";
 import { runningMedian, short, whole } from "./data.js";
 
-const MIB = 2 ** 20;
+const MEGABYTE = 1e6;
 const HEIGHT = 250;
 // With more runs than this, bands and marks would hide the lines.
 const FEW_RUNS = 4;
@@ -56,9 +56,9 @@ export const CHARTS = [
   {
     id: "memory",
     title: "Memory",
-    unit: "MiB",
+    unit: "MB",
     zero: true,
-    scale: 1 / MIB,
+    scale: 1 / MEGABYTE,
     format: short,
     lines: [
       { tag: "memory/peak_bytes", label: "peak", width: 2, held: true },

@@ -6,7 +6,7 @@ import statistics
 _FEW = 3
 
 
-class Seen:
+class Peaks:
     """The peaks at one batch size, in bytes.
 
     Attributes:

@@ -32,9 +32,10 @@ class Tally:
         seconds_before: Those of the earlier fits whose run in TensorBoard it
             goes on with.
         epoch: The epoch it began with, counted from zero.
-        keeps: Dict from names to functions that return what callbacks want to
-            have again when the training is resumed, as plain JSON types.
-        kept: Dict from those names to what they returned, for the callbacks
+        state_getters: Dict from names to functions that return what callbacks
+            want to have again when the training is resumed, as plain JSON
+            types.
+        restored: Dict from those names to what they returned, for the callbacks
             to take out at the first superbatch.
     """
 
@@ -44,7 +45,7 @@ class Tally:
         self.traced_examples = 0
         self.seconds_before = 0.0
         self.epoch = 0
-        self.keeps, self.kept = {}, {}
+        self.state_getters, self.restored = {}, {}
         self._before = dict.fromkeys(_COUNTS, 0)
 
     def begin(self, controller, epoch):
@@ -89,7 +90,7 @@ class Tally:
             "seconds_before": self.seconds_before,
             "epoch": self.epoch,
             "before": self._before,
-            "kept": {name: state() for name, state in self.keeps.items()},
+            "kept": {name: get() for name, get in self.state_getters.items()},
         }
 
     def set_state(self, state):
@@ -104,7 +105,7 @@ class Tally:
         self.seconds_before = state["seconds_before"]
         self.epoch = state["epoch"]
         self._before = dict(state["before"])
-        self.kept = dict(state["kept"])
+        self.restored = dict(state["kept"])
 
 
 def row_of(function, measurement):

@@ -5,13 +5,13 @@ import gc
 import math
 import time
 
-from keras_batchsize import exhaustion
 from keras_batchsize import keras_private
+from keras_batchsize import out_of_memory
 from keras_batchsize import replicas
 from keras_batchsize import size_search
 from keras_batchsize._batch_profile_text import megabytes
 from keras_batchsize._memory_limits import NothingFits
-from keras_batchsize._memory_seen import Seen
+from keras_batchsize._memory_peaks import Peaks
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.size_search import Bounds
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "out of memory"
 _SHARE_OF_HOLES = 0.25
 
 
-class Course:
+class Probing:
     """The course of one probe.
 
     Args:
@@ -262,7 +262,7 @@ class Course:
         Returns:
             Pair of the bytes, and by how much `other` is above the mean.
         """
-        seen = self._seen.setdefault(size, Seen())
+        seen = self._seen.setdefault(size, Peaks())
         seen.add(peaks, other, rare)
         usual, other, most = self._agreed(seen.usual, seen.other, seen.most)
         self._most[size] = most
@@ -281,7 +281,7 @@ class Course:
         try:
             result = run()
         except Exception as error:
-            if not exhaustion.is_out_of_memory(error):
+            if not out_of_memory.is_out_of_memory(error):
                 raise
             self._check_alone(error)
             failed = True
@@ -337,7 +337,7 @@ class Course:
         trials = sorted(self._trials, key=lambda trial: trial.batch_size)
         size, hole = best.batch_size, self._hole
         if hole is None:
-            seen = self._seen.get(size, Seen())
+            seen = self._seen.get(size, Peaks())
             hole = self._holes(size, seen.usual) / size
         return BatchProfile(
             rows=[self._row(trial) for trial in trials],
@@ -346,7 +346,7 @@ class Course:
             memory_limit=None if self._limit is None else int(self._limit),
             usable_bytes=None if self._usable is None else int(self._usable),
             resident_bytes=int(self._resident),
-            hole_per_example=hole,
+            fragmentation_per_example=hole,
             dtype_policy=dtype_policies_of(self._model),
             device=self._meter.device,
             measured_by=self._meter.name,
