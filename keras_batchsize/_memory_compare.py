@@ -215,6 +215,7 @@ def _spread(build_fn, first):
     """Returns how far other seeds take a loss, 0 without randomness."""
     spread, losses = 0.0, first.result.losses
     for seed in range(_SEEDS):
+        gc.collect()  # What is left of the model before.
         keras.utils.set_random_seed(seed)
         model = build_fn()
         # It may have set the seed itself: other masks come later, too.

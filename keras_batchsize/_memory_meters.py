@@ -248,9 +248,16 @@ def devices_of(model):
         return [f"{one.device_type}:{one.device_index}" for one in specs]
     own = next((one.value.device for one in model.trainable_variables), "")
     placed = tf.DeviceSpec.from_string(own or "")
-    if tf.config.list_logical_devices("GPU") and placed.device_type != "GPU":
-        return ["GPU:0"]  # Where it computes, whatever lies on the host.
+    computes = default_device()
+    if computes.device_type == "GPU" and placed.device_type != "GPU":
+        # Whatever lies on the host.
+        return [f"GPU:{computes.device_index}"]
     return [f"{placed.device_type or 'CPU'}:{placed.device_index or 0}"]
+
+
+def default_device():
+    """Returns the `tf.DeviceSpec` of where operations run by default."""
+    return tf.DeviceSpec.from_string(tf.identity(tf.zeros(())).device)
 
 
 def meter_for(model):

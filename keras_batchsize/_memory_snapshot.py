@@ -50,7 +50,8 @@ class Snapshot:
         _check_room(out_of_memory.bytes_of(parts))
         self._known.update(map(id, new))
         self._values += [
-            (part, np.array(part.numpy(), copy=True)) for part in parts
+            (part, np.array(out_of_memory.value_of(part), copy=True))
+            for part in parts
         ]
 
     @property

@@ -26,6 +26,7 @@ from keras_batchsize._memory_snapshot import Snapshot
 from keras_batchsize._memory_validation import validation_step
 from keras_batchsize._train_function_memory import changed_by_training
 from keras_batchsize._train_function_memory import held_always
+from keras_batchsize._train_function_timing import wait_for
 from keras_batchsize.train_function import team_of
 
 # `BATCHES_HELD` updates a call makes where both they and the batches are small:
@@ -265,7 +266,7 @@ class Workload:
             logs = self._summed(data, stop, size, size)
         else:
             logs, _ = self._graphs.plain(data, 0, stop, size, self._rate())
-        _wait_for(logs)
+        wait_for(logs)
         del held
 
     def _summed(self, data, stop, size, micro):
@@ -300,7 +301,7 @@ class Workload:
         data = self._batch(total)
         held = self._held(is_new=True)
         if self._accumulates:
-            _wait_for(self._summed(data, total, 2 * size, size))
+            wait_for(self._summed(data, total, 2 * size, size))
         else:
             self._plain(data, total, size)
         del held
@@ -349,7 +350,7 @@ class Workload:
             self._plain(next(data), tail, size if self._is_guarded else tail)
             self._note_peak(of_tail)
         held = self._held()
-        _wait_for(self._validate(self._batch(size)))
+        wait_for(self._validate(self._batch(size)))
         del held
         self._note_peak(of_validation)
         # What ran in between leaves memory in other pieces, as it does in an
@@ -366,9 +367,3 @@ class Workload:
         return next(
             iter(replicas.dealt_out(dataset, self._model.distribute_strategy))
         )
-
-
-def _wait_for(logs):
-    """Waits until the device has computed a result."""
-    for value in keras.tree.flatten(logs):
-        keras.ops.convert_to_numpy(value)

@@ -5,6 +5,8 @@ Part of `superbatches.py`.
 
 import tensorflow as tf
 
+from keras_batchsize import keras_private
+
 # Superbatches that wait for the one in use to be done. Of each there are many
 # batches, which even out how long they take to read.
 WAITING = 2
@@ -28,7 +30,20 @@ def dataset_of(adapter):
         return adapter.get_tf_dataset()
 
 
-def in_superbatches(dataset, sizes):
+def may_read_ahead(adapter):
+    """Whether data may be read before they are asked for.
+
+    Keras stops the workers of a `PyDataset` at the end of an epoch. If it is
+    read on then, in another thread, the reading ends, and the next epoch fails.
+
+    Args:
+        adapter: What `data_adapter_for` returned.
+    """
+    is_py_dataset = isinstance(adapter, keras_private.PyDatasetAdapter)
+    return not (is_py_dataset and adapter.enqueuer is not None)
+
+
+def in_superbatches(dataset, sizes, ahead=True):
     """Cuts batches anew, and reads a few superbatches ahead.
 
     A number that TensorFlow chose could grow, and with it the memory that
@@ -37,5 +52,7 @@ def in_superbatches(dataset, sizes):
     Args:
         dataset: A `tf.data.Dataset` of batches.
         sizes: Examples in the superbatches, which repeat.
+        ahead: Whether superbatches may be read before they are asked for.
     """
-    return dataset.rebatch(sizes).prefetch(WAITING)
+    cut = dataset.rebatch(sizes)
+    return cut.prefetch(WAITING) if ahead else cut

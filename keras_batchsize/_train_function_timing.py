@@ -61,6 +61,27 @@ def scalar_of(logs, name):
     return None if value is None else float(number(value))
 
 
+def awaited_loss(logs):
+    """Returns the loss that a step logged, once the device has computed it.
+
+    Args:
+        logs: What a `train_step` returned.
+
+    Returns:
+        Float, or None if there is none; then all else has been computed.
+    """
+    loss = scalar_of(logs, "loss")
+    if loss is None:
+        wait_for(logs)
+    return loss
+
+
+def wait_for(logs):
+    """Waits until the device has computed all that a step returned."""
+    for leaf in keras.tree.flatten(logs):
+        keras.ops.convert_to_numpy(leaf)
+
+
 def losses_of(model, logs):
     """Returns the losses among the logs of a step, a dict of floats.
 

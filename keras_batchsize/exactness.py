@@ -374,5 +374,9 @@ def _inference_losses(model, kind, data):
 
 def _tolerance(model):
     """Square root of the resolution of the type that is computed in."""
-    digits = {"float16": 10, "bfloat16": 7, "float64": 52}
+    digits = {"float16": 10, "bfloat16": 7, "float64": 52, "float32": 23}
+    if tf.config.list_logical_devices("GPU"):
+        # GPUs may multiply float32 in TensorFloat-32.
+        if tf.config.experimental.tensor_float_32_execution_enabled():
+            digits["float32"] = 10
     return 2.0 ** (-digits.get(model.dtype_policy.compute_dtype, 23) / 2)

@@ -16,6 +16,7 @@ from keras.src.models import functional
 from keras.src.trainers.data_adapters import array_slicing
 from keras.src.trainers.data_adapters import data_adapter
 from keras.src.trainers.data_adapters import get_data_adapter
+from keras.src.trainers.data_adapters import py_dataset_adapter
 from keras.src.trainers.data_adapters import tf_dataset_adapter
 from keras.src.utils import io_utils
 from tensorflow.python.eager import context
@@ -25,6 +26,7 @@ from keras_batchsize import _keras_private_datasets
 print_message = io_utils.print_msg
 DataAdapter = data_adapter.DataAdapter
 DatasetAdapter = tf_dataset_adapter.TFDatasetAdapter
+PyDatasetAdapter = py_dataset_adapter.PyDatasetAdapter
 data_adapter_for = get_data_adapter
 train_validation_split = array_slicing.train_validation_split
 batch_size_of = _keras_private_datasets.batch_size_of

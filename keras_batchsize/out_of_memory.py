@@ -22,7 +22,9 @@ _TEXTS = re.compile(
     "|failed to allocate|No algorithm worked|CUBLAS_STATUS_ALLOC_FAILED"
     "|CUDNN_STATUS_ALLOC_FAILED|Failed to load in-memory CUBIN"
     # A copy to the device for which there was no room.
-    "|Dst tensor is not initialized",
+    "|Dst tensor is not initialized"
+    # cuDNN's LSTM and GRU: why is in the log only.
+    "|Failed to call (Do|Then)Rnn(Forward|Backward)",
     re.IGNORECASE,
 )
 _CLASSES = (
@@ -105,6 +107,19 @@ def bytes_of(variables):
     )
 
 
+def value_of(component):
+    """Returns the value of a variable, on the device that it is on.
+
+    By itself TensorFlow would put it on the device of the caller, the first
+    accelerator as a rule, whatever lies there.
+
+    Args:
+        component: A TensorFlow variable.
+    """
+    with tf.device(component.device):
+        return component.read_value()
+
+
 class HeldValues:
     """The values of variables, held on the device that they are on.
 
@@ -117,7 +132,7 @@ class HeldValues:
 
     def __init__(self, variables):
         self._held = [
-            (component, component.read_value())
+            (component, value_of(component))
             for variable in variables
             for component in components(variable)
         ]

@@ -89,6 +89,24 @@ def examples(data, start, size):
     return keras.tree.map_structure(cut, data)
 
 
+def where_used(data):
+    """Returns data on the device that operations on them run on.
+
+    What a loop is handed stays, in each of its rounds, on the device that it
+    came from. Data come from the host: there each round would send all of them
+    to an accelerator, to cut one batch out of them.
+
+    Args:
+        data: Nested structure of dense, ragged or sparse tensors.
+
+    Returns:
+        The same structure. Nothing is copied if it is there already.
+    """
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else tf.identity(leaf), data
+    )
+
+
 def _shaped(part, size, whole):
     """Lets a part know its shape, of which slicing leaves only the rank.
 

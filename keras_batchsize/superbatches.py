@@ -31,6 +31,7 @@ from keras_batchsize._superbatches_batched import check_enough
 from keras_batchsize._superbatches_datasets import starting_over
 from keras_batchsize._superbatches_host import dataset_of
 from keras_batchsize._superbatches_host import in_superbatches
+from keras_batchsize._superbatches_host import may_read_ahead
 from keras_batchsize._superbatches_rows import RowIterator
 from keras_batchsize.keras_private import data_adapter_for
 from keras_batchsize.plan import checked_superbatch_size
@@ -106,7 +107,8 @@ class Superbatches(keras_private.DataAdapter):
             return replicas.Undealt(dataset)
         if self._copies:
             return self._strategy.experimental_distribute_dataset(dataset)
-        return replicas.dealt_out(dataset, self._strategy)
+        ahead = may_read_ahead(self._adapter)
+        return replicas.dealt_out(dataset, self._strategy, ahead)
 
     def first(self):
         """Returns the first superbatch as one device reads it, or None."""
@@ -121,7 +123,8 @@ class Superbatches(keras_private.DataAdapter):
                 dataset = dataset.map(slicing.without_nones)
             # What is read apart cannot be cut short at the same place.
             sizes = self._sizes[:1] if self._copies else self._sizes
-            dataset = in_superbatches(dataset, sizes)
+            ahead = may_read_ahead(self._adapter)
+            dataset = in_superbatches(dataset, sizes, ahead)
             if self._starts_over:
                 dataset = starting_over(dataset, self._most_steps)
         return dataset

@@ -26,9 +26,9 @@ from keras_batchsize._train_function_tally import change_of
 from keras_batchsize._train_function_tally import row_of
 from keras_batchsize._train_function_team import team_of
 from keras_batchsize._train_function_timing import Stopwatch
+from keras_batchsize._train_function_timing import awaited_loss
 from keras_batchsize._train_function_timing import losses_of
 from keras_batchsize._train_function_timing import number
-from keras_batchsize._train_function_timing import scalar_of
 from keras_batchsize._train_function_warning import warn_of_loss
 from keras_batchsize.learning_rate import rate_in_force
 from keras_batchsize.measuring import PARTS
@@ -221,7 +221,7 @@ class AdaptiveTrainFunction:
         norms = self._measure(data)
         watch.mark()
         logs, used, free_norms, updates = self._update(data, stop)
-        loss = scalar_of(logs, "loss")  # Waits for the device to finish.
+        loss = awaited_loss(logs)
         watch.mark()
         return logs, watch.measurement(
             total,

@@ -191,6 +191,7 @@ class UpdateGraphs:
 
     def _plain_loop(self, data, start, stop, batch_size, rate):
         static = isinstance(batch_size, int) and not self._eager
+        data = slicing.where_used(data)
 
         def body(position, _):
             take = batch_size
@@ -256,6 +257,7 @@ class UpdateGraphs:
 
     def _accumulate_loop(self, data, total, stop, sizes, finish, rate, rows):
         batch_size, micro = sizes
+        data = slicing.where_used(data)
         norms = tf.TensorArray(
             tf.float64,
             size=rows or 0,
@@ -339,6 +341,8 @@ class UpdateGraphs:
         return self._general(self._measure, data, part, parts)
 
     def _measure_loop(self, data, part, parts):
+        data = slicing.where_used(data)
+
         def body(index, total):
             batch = self._examples(data, index * part, part)
             return index + 1, self._steps.part(total, batch)

@@ -7,10 +7,12 @@ per superbatch.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
 import os
+import random
 import re
 
 import numpy as np
@@ -127,17 +129,22 @@ class Workers:
                     )
 
     def shuffle_alike(self):
-        """Seeds TensorFlow on all workers if they are not seeded alike.
+        """Seeds TensorFlow and Python if workers are not seeded alike.
 
         Each worker shuffles all the data and keeps its own part. With orders
-        of their own some examples would be seen twice and others never.
+        of their own some examples would be seen twice and others never. Keras
+        shuffles a `PyDataset` by Python's own generator.
         """
         if self.number == 1:
             return
         draw = tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32)
-        seeds = self._told(str(int(draw)))
+        state = hashlib.sha256(repr(random.getstate()).encode()).hexdigest()
+        told = [one.split() for one in self._told(f"{int(draw)} {state}")]
+        seeds, states = zip(*told)
         if len(set(seeds)) > 1:
             tf.random.set_seed(int(seeds[0]))
+        if len(set(states)) > 1:
+            random.seed(int(seeds[0]))
 
     def _told(self, text):
         """Returns the texts of all workers."""

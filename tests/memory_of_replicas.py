@@ -113,3 +113,15 @@ def arrays_stay_on_the_host(_):
                 # Where data lie changes nothing of what they are.
                 theirs = comparing.plain(make, *data)
     comparing.assert_same(ours, theirs)
+
+
+def values_are_held_where_they_are(strategy):
+    """On the first device they would take the room of all replicas."""
+    with strategy.scope():
+        layer = keras.layers.Dense(1)
+        layer.build((None, 4))
+    for variable in layer.weights:
+        parts = out_of_memory.components(variable)
+        devices = [out_of_memory.value_of(part).device for part in parts]
+        assert devices == [part.device for part in parts]
+        assert len(set(devices)) == 2, devices

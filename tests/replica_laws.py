@@ -542,6 +542,7 @@ law(2)(memory_of_replicas.replicas_are_left_as_they_were)
 law(2)(memory_of_replicas.unbuilt_replicas_are_mirrored)
 law(2)(memory_of_replicas.a_model_is_measured_on_its_own_device)
 law(2)(memory_of_replicas.arrays_stay_on_the_host)
+law(2)(memory_of_replicas.values_are_held_where_they_are)
 
 
 def shares_of(start, end, piece, number):

@@ -50,6 +50,9 @@ IMPORTED = {
     "keras.src.trainers.data_adapters.get_data_adapter": (
         "superbatches.make_superbatches"
     ),
+    "keras.src.trainers.data_adapters.py_dataset_adapter.PyDatasetAdapter": (
+        "_superbatches_host.may_read_ahead"
+    ),
     "keras.src.trainers.data_adapters.tf_dataset_adapter.TFDatasetAdapter": (
         "_superbatches_alike.facts_of"
     ),

@@ -17,6 +17,7 @@ from comparing import plain
 from keras import layers
 
 from keras_batchsize import learning_rate
+from keras_batchsize import slicing
 from keras_batchsize.policies import BatchSizeSchedule
 from keras_batchsize.update_graphs import UpdateGraphs
 
@@ -52,6 +53,29 @@ def accumulated(make_model, *data, micro):
     history = {name: [float(value)] for name, value in logs.items()}
     variables = comparing.variables_of(model)
     return comparing.Trained(model, history, variables, norms.numpy())
+
+
+def test_loops_cut_batches_from_data_where_they_are_used():
+    """What a loop is handed as it is stays on the host, where there is a GPU.
+
+    Each update would send the whole superbatch to it.
+    """
+    handed = []
+
+    def examples(data, start, size):
+        handed.append({leaf.op.type for leaf in data})
+        return slicing.examples(data, start, size)
+
+    model = comparing.seeded(compiled(dense))
+    data = tuple(map(tf.convert_to_tensor, comparing.regression(BATCH)))
+    graphs = UpdateGraphs(model, BATCH, True, examples)
+    graphs.build(data)
+    rate = learning_rate.rate_in_force(1.0, 1.0, 0, 0)
+    graphs.plain(data, 0, BATCH, 8, rate)
+    graphs.measure(data, BATCH)
+    graphs.accumulate(graphs.zeros(), data, BATCH, (BATCH, 8), True, rate)
+    assert len(handed) >= 3
+    assert all(types == {"Identity"} for types in handed), handed
 
 
 def assert_law_holds(make_model, *data, micro, rtol=RTOL, **plain_arguments):

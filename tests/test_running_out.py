@@ -442,6 +442,12 @@ def test_backup_is_named_whoever_makes_it(kind, tmp_path):
             ),
             True,
         ),
+        (
+            tf.errors.InternalError(
+                None, None, "Failed to call DoRnnForward with model config: "
+            ),
+            True,
+        ),
         (tf.errors.InternalError(None, None, "Blas GEMM failed"), False),
         (ValueError("out of memory"), False),
         (tf.errors.InvalidArgumentError(None, None, "out of memory"), False),

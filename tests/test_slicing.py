@@ -31,3 +31,17 @@ def test_every_nth_of_any_kind_is_that_of_numpy(first, stop, step):
     np.testing.assert_array_equal(tf.sparse.to_dense(sparse), expected)
     assert ragged.to_list() == ROWS[first:stop:step]
     assert nothing is None
+
+
+def test_data_are_the_same_where_they_are_used():
+    data = (
+        tf.constant(NUMBERS),
+        tf.ragged.constant(ROWS),
+        tf.sparse.from_dense(NUMBERS),
+        None,
+    )
+    dense, ragged, sparse, nothing = slicing.where_used(data)
+    np.testing.assert_array_equal(dense, NUMBERS)
+    np.testing.assert_array_equal(tf.sparse.to_dense(sparse), NUMBERS)
+    assert ragged.to_list() == ROWS
+    assert nothing is None

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable
 
@@ -252,6 +253,14 @@ class Batches(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.epochs_ended += 1
+
+
+class Slow(Batches):
+    """Takes longer to read than to train on."""
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return super().__getitem__(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,6 +519,16 @@ INPUTS = [
         regressor,
         lambda: stream(Batches(X, Y, workers=2)),
         like="numpy-in-order",
+    ),
+    # Keras stops the workers at the end of an epoch. What reads on then fails.
+    Input(
+        "py-dataset-two-workers-endless",
+        regressor,
+        lambda: stream(
+            Slow(X, Y, examples=WHOLE, endless=True, workers=2),
+            steps_per_epoch=5,
+            epochs=4,
+        ),
     ),
     # Superbatches of 32, 32 and 6 examples, then of 32, 16 and 22.
     Input(

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import pathlib
 import struct
 import textwrap
 import types
@@ -33,6 +34,8 @@ from keras_batchsize.tensorboard import layout
 from keras_batchsize.tensorboard import pictures
 from keras_batchsize.tensorboard import tags
 from keras_batchsize.tensorboard.writer import RunWriter
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 X, Y = regression(230)
 EPOCHS = 3
@@ -285,6 +288,14 @@ def test_the_layout_names_tags_that_exist(written):
         for tag in (listed.values() if isinstance(listed, dict) else listed)
     }
     assert named <= set(tags.SCALARS)
+
+
+def test_each_scalar_is_in_the_docs():
+    page = (ROOT / "docs" / "tensorboard.md").read_text(encoding="utf-8")
+    listed = [line for line in page.splitlines() if line.startswith("| `")]
+    assert listed == [
+        f"| `{tag}` | {meaning} |" for tag, meaning in tags.SCALARS.items()
+    ]
 
 
 def test_the_probe_is_shown_as_table_picture_and_memory(tmp_path):
