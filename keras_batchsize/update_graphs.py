@@ -258,12 +258,7 @@ class UpdateGraphs:
     def _accumulate_loop(self, data, total, stop, sizes, finish, rate, rows):
         batch_size, micro = sizes
         data = slicing.where_used(data)
-        norms = tf.TensorArray(
-            tf.float64,
-            size=rows or 0,
-            dynamic_size=rows is None,
-            element_shape=(5,),
-        )
+        norms = _array_of_norms(rows)
 
         def body(position, row, _, total, norms, logs):
             take = micro
@@ -361,3 +356,13 @@ class UpdateGraphs:
 def _constant(value):
     """Makes the same few integers into tensors only once."""
     return tf.constant(value)
+
+
+def _array_of_norms(rows):
+    """Makes an array of so many rows of norms; of any number, if None."""
+    return tf.TensorArray(
+        tf.float64,
+        size=rows or 0,
+        dynamic_size=rows is None,
+        element_shape=(5,),
+    )
