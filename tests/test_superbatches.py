@@ -259,7 +259,7 @@ class Slow(Batches):
     """Takes longer to read than to train on."""
 
     def __getitem__(self, index):
-        time.sleep(0.01)
+        time.sleep(0.03)
         return super().__getitem__(index)
 
 
@@ -522,12 +522,12 @@ INPUTS = [
     ),
     # Keras stops the workers at the end of an epoch. What reads on then fails.
     Input(
-        "py-dataset-two-workers-endless",
+        "py-dataset-four-workers-endless",
         regressor,
         lambda: stream(
-            Slow(X, Y, examples=WHOLE, endless=True, workers=2),
-            steps_per_epoch=5,
-            epochs=4,
+            Slow(X, Y, examples=WHOLE, endless=True, workers=4),
+            steps_per_epoch=40,
+            epochs=3,
         ),
     ),
     # Superbatches of 32, 32 and 6 examples, then of 32, 16 and 22.
