@@ -151,7 +151,8 @@ def test_reading_leaves_no_worker_behind():
     model, _ = single(tf.zeros([1, 1]))
     before = threading.active_count()
     examples = read_examples(model, ReadByWorkers())
-    assert threading.active_count() == before
+    # One of an earlier test may have ended meanwhile.
+    assert threading.active_count() <= before
     assert (examples.size, examples.count) == (64, 320)
 
 

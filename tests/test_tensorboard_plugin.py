@@ -356,6 +356,7 @@ def test_tags_that_the_page_reads_are_written():
         text = (STATIC / name).read_text(encoding="utf-8")
         groups = {tag.split("/")[0] for tag in tags.SCALARS}
         named = re.findall(rf'"((?:{"|".join(groups)})/\w+)"', text)
+        assert named, name
         assert set(named) <= set(tags.SCALARS), name
 
 
