@@ -332,10 +332,32 @@ def test_what_a_measurement_costs_is_there_before_it_is_made():
 def test_no_measurement_takes_longer_than_updates_tell(size, count):
     controller = make_controller()
     assert controller.speed.most_to_measure(size, count) == math.inf
-    controller.speed.add(size, 1e-3 + 2e-6 * size)
+    update = 1e-3 + 2e-6 * size
+    controller.speed.add(size, update)
+    found = controller.speed.most_to_measure(size, count)
     # Eight parts at the same weights, without an update.
-    least = 8 * (0.7e-3 + 2e-6 * count / 8)
-    assert controller.speed.most_to_measure(size, count) >= least
+    assert found >= 8 * (0.7e-3 + 2e-6 * count / 8)
+    # No longer than eight updates, or those that the examples would make.
+    updates = 8 if count <= 8 * size else count / size
+    assert found == pytest.approx(updates * update, rel=1e-12)
+
+
+def test_the_schedule_is_told_what_measuring_takes_at_most(monkeypatch):
+    controller, told = make_controller(policies.Fixed(256)), []
+
+    def is_due(updates, ahead, count, most=math.inf):
+        told.append((count, most))
+
+    monkeypatch.setattr(controller.measuring, "is_due", is_due)
+    size = controller.batch_size
+    for seconds in (None, 0.25):
+        if seconds is not None:
+            controller.speed.add(size, seconds)
+        controller.wants_measurement(SUPERBATCH, EPOCH)
+    (count, unknown), (_, known) = told
+    assert unknown == math.inf
+    assert known == controller.speed.most_to_measure(size, count)
+    assert known < math.inf
 
 
 # What holds the size.
