@@ -10,15 +10,13 @@ import comparing
 import keras
 import tensorflow as tf
 
+from keras_batchsize import _memory_probing
 from keras_batchsize import memory
 from keras_batchsize._memory_examples import Examples
 from keras_batchsize._memory_meters import Meter
 from keras_batchsize._memory_workload import Workload
 
 MB = 10**6
-# Seconds that no probe takes. (Where slopes are far above those of the model
-# the time bounds the jumps.)
-PATIENT = 10_000.0
 
 make_dense = comparing.compiled(
     comparing.dense, optimizer=keras.optimizers.Adam, metrics=["mae"]
@@ -46,6 +44,7 @@ class FakeMeter(Meter):
         sizes: List of the sizes of which batches were made.
         ran: List of pairs, what was run and of how many examples: "update",
             "tail", "validation", "sums" (an update of micro-batches).
+        spent: Seconds that all timed updates took.
 
     Args:
         limit: Bytes of the device, None for not known.
@@ -76,6 +75,7 @@ class FakeMeter(Meter):
     ):
         self.size = 0
         self.sizes, self.ran = [], []
+        self.spent = 0.0
         self._limit = limit
         self._constant = constant
         self._slope = slope
@@ -102,6 +102,10 @@ class FakeMeter(Meter):
         """Returns how many seconds an update takes."""
         return self._seconds + 1e-6 * size
 
+    def perf_counter(self):
+        """Stands for that of the module `time`: nothing but updates counts."""
+        return self.spent
+
     def wait(self, size):
         """Notes the size of the batches that are made."""
         self.size = size
@@ -124,12 +128,25 @@ class FakeMeter(Meter):
 
 class FakeWorkload(Workload):
     """Tells a `FakeMeter` what it runs, and asks it how long that took: how
-    much a probe runs depends on both.
+    much a probe runs depends on both. Its budget of time is spent by the same
+    clock.
     """
+
+    def __enter__(self):
+        super().__enter__()
+        self._clock = mock.patch.object(_memory_probing, "time", self._meter)
+        self._clock.start()
+        return self
+
+    def __exit__(self, *error):
+        self._clock.stop()
+        super().__exit__(*error)
 
     def _timed(self, data, size, updates):
         super()._timed(data, size, updates)
-        return updates * self._meter.step_seconds(size)
+        seconds = updates * self._meter.step_seconds(size)
+        self._meter.spent += seconds
+        return seconds
 
     def _waiting(self, size):
         self._meter.wait(size)

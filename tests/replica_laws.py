@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -463,7 +464,9 @@ def sizes_are_multiples_of_the_replicas(strategy):
 def a_probe_tries_multiples_of_the_replicas(strategy):
     number = strategy.num_replicas_in_sync
     model = comparing.seeded(under(strategy, momentum()))
-    profile = kb.find_max_batch_size(model, *comparing.regression(71))
+    profile = kb.find_max_batch_size(
+        model, *comparing.regression(71), time_budget=math.inf
+    )
     assert profile.max_batch_size == 71 // number * number
     sizes = [row.batch_size for row in profile.rows]
     for size in (*sizes, profile.saturation_batch_size):

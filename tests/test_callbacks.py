@@ -20,6 +20,8 @@ from comparing import regression
 from comparing import variables_of
 
 import keras_batchsize as kb
+from keras_batchsize.controller import Controller
+from keras_batchsize.noise import NoiseScaleEstimate
 
 pytestmark = pytest.mark.minutes(4)
 
@@ -264,6 +266,22 @@ def test_the_noise_scale_is_logged_once_it_is_resolved():
     logged = history["noise_scale"][-1]
     np.testing.assert_equal(logged, last)
     assert any(value > 0 for value in history["noise_scale"])
+
+
+def test_a_noise_scale_that_is_not_resolved_is_not_logged(monkeypatch):
+    unresolved = NoiseScaleEstimate(
+        7.0, math.inf, 1.0, math.inf, False, squared_norm=1.0, trace=7.0
+    )
+    monkeypatch.setattr(
+        Controller, "noise_scale", property(lambda self: unresolved)
+    )
+    callback = dynamic(kb.policies.Measure(), measure_every=1)
+    _, history = fit([callback])
+
+    assert len(history["noise_scale"]) == 3
+    assert all(map(math.isnan, history["noise_scale"]))
+    rows = callback.report.rows
+    assert rows and all(math.isnan(row.noise_scale) for row in rows)
 
 
 def test_a_callback_listed_later_sees_the_numbers():

@@ -23,6 +23,7 @@ from comparing import dense
 from comparing import regression
 
 import keras_batchsize as kb
+from keras_batchsize import replicas
 
 X, Y = regression()
 
@@ -1080,6 +1081,39 @@ def test_a_model_of_one_size_trains_at_that_size(make, examples):
     np.testing.assert_allclose(
         mine.history["loss"], their.history["loss"], rtol=1e-6
     )
+
+
+def under_a_strategy(make_model):
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        return make_model()
+
+
+def of_overwriting_average():
+    average = keras.optimizers.SGD(
+        0.1, use_ema=True, ema_overwrite_frequency=2
+    )
+    return regressor(optimizer=average)
+
+
+def test_no_average_overwrites_weights_under_a_strategy():
+    with pytest.raises(ValueError, match="ema_overwrite_frequency=2. Use None"):
+        kb.AdaptiveTrainer(under_a_strategy(of_overwriting_average))
+    # On one device it may.
+    kb.AdaptiveTrainer(of_overwriting_average())
+
+
+def test_a_step_of_ones_own_is_refused_under_a_strategy():
+    model = under_a_strategy(lambda: compiled(OwnStep()))
+    with pytest.raises(ValueError, match="OwnStep, with a strategy.*Or train"):
+        fit(model, policy="fixed")
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_a_strategy_that_is_not_known_is_refused(monkeypatch):
+    model = regressor()
+    monkeypatch.setattr(replicas, "strategy_of", lambda model: object())
+    with pytest.raises(ValueError, match="Received: object. Use one of Mirr"):
+        kb.AdaptiveTrainer(model)
 
 
 def test_a_stateful_layer_gets_no_parts_of_batches():

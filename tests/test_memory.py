@@ -15,7 +15,6 @@ import tensorflow as tf
 from comparing import compiled
 from comparing import dense
 from fake_memory import MB
-from fake_memory import PATIENT
 from fake_memory import FakeMeter
 from fake_memory import make_dense
 from fake_memory import probe
@@ -214,7 +213,7 @@ class ConvexMeter(FakeMeter):
 
 def test_convex_memory_is_followed():
     meter = ConvexMeter(limit=2 * MB)
-    profile = probe(meter, safety_margin=0.1, time_budget=PATIENT)
+    profile = probe(meter, safety_margin=0.1)
     largest = 500 + 1.8 * MB / 200
     assert 0.85 * largest <= profile.max_batch_size <= largest
     assert "out of memory" not in {row.note for row in profile.rows}
@@ -250,8 +249,7 @@ def test_beside_a_bump_of_memory_no_size_is_the_answer_that_did_not_fit(
     meter = BumpyMeter(
         bump, more * MB, limit=2 * MB, constant=0.2 * MB, slope=200
     )
-    limits = {"safety_margin": 0.1, "time_budget": PATIENT}
-    profile = probe(meter, start=start, **limits)
+    profile = probe(meter, start=start, safety_margin=0.1)
     size = profile.max_batch_size
     assert any(one in bump for one in meter.sizes)
     [chosen] = [row for row in profile.rows if row.batch_size == size]
@@ -272,7 +270,7 @@ class NoisyMeter(FakeMeter):
 
 def test_noisy_memory_is_followed():
     meter = NoisyMeter(limit=2 * MB, constant=0.2 * MB, slope=200)
-    profile = probe(meter, safety_margin=0.1, time_budget=PATIENT)
+    profile = probe(meter, safety_margin=0.1)
     chosen = [
         row
         for row in profile.rows
@@ -311,8 +309,7 @@ def test_memory_that_grows_with_the_square_does_not_overshoot(told):
     model = pairs_of(4) if told else compiled(dense, loss=of_any_size)()
     slope = 100 if told else 1000
     meter = FakeMeter(20 * MB, slope=slope, squares=10)
-    limits = {"safety_margin": 0.1, "time_budget": PATIENT}
-    profile = probe(meter, model, accumulates=False, **limits)
+    profile = probe(meter, model, accumulates=False, safety_margin=0.1)
     assert "out of memory" not in {row.note for row in profile.rows}
     assert max(row.peak_bytes for row in profile.rows) <= 18.5 * MB
     largest = (math.sqrt(slope**2 + 40 * 18 * MB) - slope) / 20
@@ -372,7 +369,7 @@ def test_a_loss_that_cannot_be_traced_foretells_nothing():
     example = tf.zeros([1, comparing.FEATURES]), tf.zeros([1, 1])
     assert forward_of(model, example) is None
     profile = kb.find_max_batch_size(
-        model, *comparing.regression(16), maximum=8
+        model, *comparing.regression(16), maximum=8, time_budget=math.inf
     )
     assert profile.max_batch_size == 8
 
@@ -518,7 +515,7 @@ def test_other_errors_are_not_swallowed():
     before = comparing.variables_of(model)
     x, y = comparing.regression(16)
     with pytest.raises(tf.errors.InvalidArgumentError, match="not of memory"):
-        kb.find_max_batch_size(model, x, y, start=4)
+        kb.find_max_batch_size(model, x, y, start=4, time_budget=math.inf)
     # A trial had been made, in another one it came.
     assert 4 in sizes and sizes[-1] > 4
     after = comparing.variables_of(model)
@@ -541,7 +538,9 @@ def test_real_memory_is_measured():
         [keras.Input((256,)), keras.layers.Dense(512), keras.layers.Dense(1)]
     )
     model.compile("sgd", "mse")
-    profile = kb.find_max_batch_size(model, x, np.zeros(4096), maximum=4096)
+    profile = kb.find_max_batch_size(
+        *(model, x, np.zeros(4096)), maximum=4096, time_budget=math.inf
+    )
     assert profile.max_batch_size == 4096
     # Data and activations of a batch, if not more.
     least = 4096 * (256 + 512) * 4
@@ -613,7 +612,7 @@ def test_every_kind_of_input(kind):
                 return x[part], y[part]
 
         arguments = (Batches(),)
-    profile = kb.find_max_batch_size(model, *arguments)
+    profile = kb.find_max_batch_size(model, *arguments, time_budget=math.inf)
     assert profile.max_batch_size == 40
     assert profile.reason == "dataset"
 
@@ -700,7 +699,8 @@ def test_model_that_took_its_first_batch_for_its_size_is_probed():
     model.compile("sgd", "mse")
     x, y = comparing.regression(24)
     model.fit(x, y, batch_size=8, verbose=0)
-    assert kb.find_max_batch_size(model, x, y).max_batch_size == 24
+    profile = kb.find_max_batch_size(model, x, y, time_budget=math.inf)
+    assert profile.max_batch_size == 24
 
 
 def test_uncompiled_model_is_refused():

@@ -4,6 +4,7 @@ The oracle is a twin that is trained without a probe: bit for bit the same
 losses, variables and random states.
 """
 
+import math
 import random
 
 import comparing
@@ -144,7 +145,7 @@ def compiled(make_model):
 def probed(model):
     """Probes a model."""
     profile = kb.find_max_batch_size(
-        model, *comparing.regression(16), maximum=8
+        model, *comparing.regression(16), maximum=8, time_budget=math.inf
     )
     assert profile.max_batch_size == 8
 

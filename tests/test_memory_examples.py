@@ -1,5 +1,6 @@
 """What a probe reads of the data, and data whose sizes no graph tells."""
 
+import math
 import random
 import re
 import sys
@@ -72,7 +73,9 @@ def test_shuffled_dataset_keeps_its_order(pipeline):
 
     model, data = single(tf.range(64, dtype=tf.float32)[:, None])
     probed, alike = (PIPELINES[pipeline](data) for _ in range(2))
-    profile = kb.find_max_batch_size(model, probed, maximum=16)
+    profile = kb.find_max_batch_size(
+        model, probed, maximum=16, time_budget=math.inf
+    )
     assert profile.max_batch_size == 16
     assert order(probed) == order(alike)
 
@@ -80,7 +83,7 @@ def test_shuffled_dataset_keeps_its_order(pipeline):
 def test_the_cap_is_what_the_pipeline_takes():
     model, data = single(tf.range(64, dtype=tf.float32)[:, None])
     taken = data.shuffle(64).take(24).batch(8)
-    profile = kb.find_max_batch_size(model, taken)
+    profile = kb.find_max_batch_size(model, taken, time_budget=math.inf)
     assert (profile.max_batch_size, profile.reason) == (24, "dataset")
 
 
@@ -96,7 +99,9 @@ def test_the_advice_for_what_can_be_read_once_works(size):
         kb.find_max_batch_size(model, x)
     code = re.search(r"repeat the first batch: (.+)\.$", str(caught.value))[1]
     data = eval(code, {"tf": tf, "x": x})
-    profile = kb.find_max_batch_size(model, data, maximum=24)
+    profile = kb.find_max_batch_size(
+        model, data, maximum=24, time_budget=math.inf
+    )
     # The batch is no bound.
     assert (profile.max_batch_size, profile.reason) == (24, "maximum")
 
@@ -108,7 +113,7 @@ def test_one_example_does_for_a_probe(kind):
     data = (one, one)
     if kind == "dataset":
         data = [tf.data.Dataset.from_tensors(data)]
-    profile = kb.find_max_batch_size(model, *data)
+    profile = kb.find_max_batch_size(model, *data, time_budget=math.inf)
     assert (profile.max_batch_size, profile.reason) == (1, "dataset")
 
 

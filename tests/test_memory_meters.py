@@ -1,5 +1,6 @@
 """How memory is read: devices, allocators, the process, the host."""
 
+import math
 import resource
 
 import comparing
@@ -268,7 +269,9 @@ def test_a_system_that_tells_nothing_is_probed_all_the_same(monkeypatch):
     monkeypatch.setattr(_memory_meters, "_keeps_statistics", lambda _: False)
     monkeypatch.setattr(_memory_host, "reset_peak", lambda: False)
     profile = kb.find_max_batch_size(
-        make_dense(), *comparing.regression(48), memory_limit=10**9
+        *(make_dense(), *comparing.regression(48)),
+        memory_limit=10**9,
+        time_budget=math.inf,
     )
     assert profile.max_batch_size == 48 and profile.reason == "dataset"
     assert [row.peak_bytes for row in profile.rows] == [None] * len(

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_workers import TIME_LIMIT
 from test_workers import config
 from test_workers import free_ports
 
@@ -48,7 +49,11 @@ def under_a_limit(run_python):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {
             name: pool.submit(
-                run_python, str(SCRIPT), name, environment=limit, timeout=280
+                run_python,
+                str(SCRIPT),
+                name,
+                environment=limit,
+                timeout=TIME_LIMIT,
             )
             for name, limit in IN_A_PROCESS.items()
         }
@@ -85,7 +90,7 @@ def run_workers(folder, environments):
                         text=True,
                     )
                 )
-        printed = [one.communicate(timeout=240)[0] for one in processes]
+        printed = [one.communicate(timeout=TIME_LIMIT)[0] for one in processes]
     finally:
         for process in processes:
             process.kill()

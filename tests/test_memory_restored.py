@@ -5,6 +5,7 @@ losses, variables, names and random numbers must be the same.
 """
 
 import functools
+import math
 import random
 
 import comparing
@@ -101,7 +102,9 @@ def test_float8_is_probed_where_it_runs():
     for probes in (False, True):
         model = comparing.seeded(float8_model)
         if probes:
-            profile = kb.find_max_batch_size(model, *images(), maximum=20)
+            profile = kb.find_max_batch_size(
+                model, *images(), maximum=20, time_budget=math.inf
+            )
             assert profile.max_batch_size == 20
             assert "float8" in profile.dtype_policy
         outcomes.append(everything(model))
@@ -116,7 +119,10 @@ def trained_after(probes, policy, jit_compile, built, warm, eager=False):
         before = metrics_of(model)
         # With XLA each size more takes seconds.
         profile = kb.find_max_batch_size(
-            model, *images(), start=20 if jit_compile else 1, maximum=20
+            *(model, *images()),
+            start=20 if jit_compile else 1,
+            maximum=20,
+            time_budget=math.inf,
         )
         assert profile.max_batch_size == 20
         assert profile.jit_compile == jit_compile
@@ -268,7 +274,10 @@ def test_all_is_as_before_after_an_error_in_a_trial(
         )
         with pytest.raises(error, match="made up"):
             kb.find_max_batch_size(
-                model, *images(), maximum=20, accumulates=True
+                *(model, *images()),
+                maximum=20,
+                accumulates=True,
+                time_budget=math.inf,
             )
     # It did come in the middle, when nothing was as before.
     (during,) = broken

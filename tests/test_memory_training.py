@@ -22,10 +22,12 @@ from keras_batchsize import keras_private
 from keras_batchsize import memory
 from keras_batchsize import model_state
 from keras_batchsize import out_of_memory
+from keras_batchsize import replicas
 from keras_batchsize import throughput
 from keras_batchsize._controller_speed import Speed
 from keras_batchsize._memory_examples import read_examples
 from keras_batchsize._memory_workload import Workload
+from keras_batchsize._trainer_model import largest_by_default
 from keras_batchsize.batch_profile import BatchProfile
 from keras_batchsize.batch_profile import ProfileRow
 from keras_batchsize.throughput import StepTime
@@ -48,7 +50,7 @@ def found(size, fixed=0.01, per_example=0.001, reason="memory"):
 
 def test_callback_caps_what_is_run_at_once():
     data = comparing.regression(128)
-    probe = kb.MemoryProbe()
+    probe = kb.MemoryProbe(time_budget=math.inf)
     sizes = kb.DynamicBatchSize("fixed", initial_batch_size=8)
     model = comparing.seeded(make)
     model.fit(
@@ -141,7 +143,7 @@ def test_callback_checks_its_arguments_and_is_copied():
 def test_trainer_starts_from_its_probe():
     x, y = comparing.regression(256)
     trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
-    profile = trainer.probe(x, y, maximum=16)
+    profile = trainer.probe(x, y, maximum=16, time_budget=math.inf)
     assert profile.max_batch_size == 16
     trainer.fit(x, y, batch_size=64, verbose=0)
     assert trainer.plan.batch_size == 64
@@ -215,6 +217,17 @@ def test_what_ran_before_time_was_over_may_be_used(monkeypatch):
     with pytest.warns(RuntimeWarning, match=EARLY):
         trainer.fit(*comparing.regression(512), batch_size=8, verbose=0)
     assert trainer.report.settings["max_batch_size"] == 128
+
+
+@pytest.mark.parametrize(("workers", "largest"), [(1, 32), (2, 16)])
+def test_several_workers_train_with_no_more_than_was_run(
+    workers, largest, monkeypatch
+):
+    monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    monkeypatch.setattr(replicas, "workers", lambda model: workers)
+    profile = found(20, reason="time")
+    # A sixteenth of the data is 32: one worker may find out what fits.
+    assert largest_by_default(make(), 8, 512, profile) == largest
 
 
 @pytest.mark.parametrize("how", ["trainer", "callback"])
@@ -611,7 +624,9 @@ def test_models_of_one_size_are_not_probed(how, monkeypatch):
 def test_an_argument_of_the_probe_may_be_given():
     trainer = kb.AdaptiveTrainer(make(), policy="fixed", verbose=0)
     data = comparing.regression(64)
-    profile = trainer.probe(*data, accumulates=False, maximum=8)
+    profile = trainer.probe(
+        *data, accumulates=False, maximum=8, time_budget=math.inf
+    )
     assert profile.max_batch_size == 8
 
 
@@ -637,7 +652,9 @@ def test_a_model_with_nothing_but_a_step_is_probed():
     model = TwoNetworks()
     model.compile("sgd")
     data = comparing.regression(64)
-    profile = kb.find_max_batch_size(model, *data, maximum=16)
+    profile = kb.find_max_batch_size(
+        model, *data, maximum=16, time_budget=math.inf
+    )
     assert profile.max_batch_size == 16
     model.fit(*data, verbose=0)
 
@@ -665,7 +682,9 @@ def test_a_model_that_cannot_be_validated_is_probed(how):
         model.evaluate(*data, verbose=0)
     model.fit(*data, verbose=0)
     before = comparing.variables_of(model)
-    profile = kb.find_max_batch_size(model, *data, maximum=16)
+    profile = kb.find_max_batch_size(
+        model, *data, maximum=16, time_budget=math.inf
+    )
     assert profile.max_batch_size == 16
     for name, value in comparing.variables_of(model).items():
         np.testing.assert_array_equal(before[name], value, name)
@@ -675,6 +694,10 @@ def test_a_model_that_cannot_be_validated_is_trained_after_a_probe(
     monkeypatch,
 ):
     monkeypatch.setattr(memory, "on_accelerator", lambda: True)
+    patient = functools.partial(
+        memory.find_max_batch_size, time_budget=math.inf
+    )
+    monkeypatch.setattr(memory, "find_max_batch_size", patient)
     model = of_own_step(OwnLoss)()
     model.compile("adam")
     trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
@@ -706,7 +729,9 @@ def test_what_can_be_validated_is(how):
 
     # Keras would track a copy of the list.
     model.note = note
-    kb.find_max_batch_size(model, *comparing.regression(16), maximum=8)
+    kb.find_max_batch_size(
+        model, *comparing.regression(16), maximum=8, time_budget=math.inf
+    )
     # An eager step is tried on one example before.
     assert sizes == ([1, 8] if how == "eager" else [8])
 
@@ -933,7 +958,7 @@ def test_policies_are_compared_and_put_back():
     name = keras.layers.Dense(1).name
     number = int(name.rpartition("_")[2]) if "_" in name else 0
     comparison = kb.compare_dtype_policies(
-        build, *comparing.regression(64), maximum=64
+        build, *comparing.regression(64), maximum=64, time_budget=math.inf
     )
     assert keras.config.dtype_policy().name == "float32"
     assert keras.layers.Dense(1).name == f"dense_{number + 1}"
@@ -979,7 +1004,11 @@ def of_itself():
     return model
 
 
-TWO_POLICIES = {"policies": ["float32", "mixed_bfloat16"], "maximum": 64}
+TWO_POLICIES = {
+    "policies": ["float32", "mixed_bfloat16"],
+    "maximum": 64,
+    "time_budget": math.inf,
+}
 
 
 @functools.cache
@@ -1032,7 +1061,9 @@ def with_dropout():
 def test_dropout_does_not_make_policies_disagree():
     # Under mixed policies masks are drawn in another type, hence other ones.
     comparison = kb.compare_dtype_policies(
-        with_dropout, *comparing.regression(64), maximum=64
+        *(with_dropout, *comparing.regression(64)),
+        maximum=64,
+        time_budget=math.inf,
     )
     losses = [result.losses for result in comparison.results]
     rounding = 16 * 2**-10  # Of float16.
@@ -1072,6 +1103,7 @@ def compared_where_one_fails(error, when):
         *(build_with_layer, *comparing.regression(16)),
         policies=["float32", "mixed_bfloat16"],
         maximum=16,
+        time_budget=math.inf,
     )
 
 

@@ -8,6 +8,7 @@ use of the model.
 
 import copy
 import functools
+import math
 
 import comparing
 import keras
@@ -471,7 +472,7 @@ PUBLIC_CALLBACKS = {
         kb.DynamicBatchSize(growing(), BASE),
     ],
     "MemoryProbe": lambda path: [
-        kb.MemoryProbe(),
+        kb.MemoryProbe(time_budget=math.inf),
         kb.DynamicBatchSize(growing(), BASE),
     ],
     "ExamplesProgbarLogger": lambda path: kb.ExamplesProgbarLogger(),

@@ -967,10 +967,16 @@ SIZES = [8, 32, 16, 64, 8, 128]
 IDS = np.arange(EXAMPLES, dtype="float32")[:, None]
 
 
-def train_on_schedule(x, y=None, policy=None, **arguments):
+def train_on_schedule(
+    x, y=None, policy=None, steps_per_execution=1, **arguments
+):
     seen = Seen(EXAMPLES)
     model = linear()
-    model.compile(keras.optimizers.SGD(1e-6), "mse", metrics=[seen])
+    model.compile(
+        *(keras.optimizers.SGD(1e-6), "mse"),
+        metrics=[seen],
+        steps_per_execution=steps_per_execution,
+    )
     counts = EpochCounts(seen)
     trainer = kb.AdaptiveTrainer(
         model,
@@ -1040,11 +1046,17 @@ class Uneven(keras.utils.PyDataset):
 UNEVEN = [(6, 32, 32), (32, 32, 6), (64, 2, 2, 2), (8, 8, 40, 14), (69, 1)]
 
 
-@pytest.mark.filterwarnings(f"ignore:{OUT_OF_DATA}")
+@pytest.mark.filterwarnings(
+    f"ignore:{OUT_OF_DATA}", "ignore:`steps_per_execution`:UserWarning"
+)
+@pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("sizes", UNEVEN, ids=str)
-def test_no_example_is_left_out_where_batch_sizes_are_guessed(sizes):
+def test_no_example_is_left_out_where_batch_sizes_are_guessed(sizes, at_once):
     counts, batch_sizes = train_on_schedule(
-        Uneven(*sizes), batch_size=BASE, shuffle=False
+        Uneven(*sizes),
+        batch_size=BASE,
+        shuffle=False,
+        steps_per_execution=at_once,
     )
 
     assert batch_sizes == SIZES

@@ -5,6 +5,7 @@ import inspect
 import json
 import time
 import types
+from unittest import mock
 
 import comparing
 import keras
@@ -17,10 +18,12 @@ from comparing import dense
 from comparing import regression
 
 import keras_batchsize as kb
+from keras_batchsize import _trainer_fit
 from keras_batchsize import scaling
 from keras_batchsize._callbacks_base import settings_of
 from keras_batchsize._train_function_tally import Tally
 from keras_batchsize.controller import Controller
+from keras_batchsize.noise import NoiseScaleEstimate
 from keras_batchsize.plan import Ladder
 from keras_batchsize.records import Measurement
 
@@ -373,8 +376,8 @@ class SlowToTrace(keras.layers.Layer):
         return x
 
 
-def test_calls_that_traced_are_left_out_of_the_step_time(ticking, monkeypatch):
-    monkeypatch.setattr(SlowToTrace, "clock", ticking)
+def slow_to_trace(clock, monkeypatch):
+    monkeypatch.setattr(SlowToTrace, "clock", clock)
     model = keras.Sequential(
         [
             keras.Input((comparing.FEATURES,)),
@@ -383,7 +386,11 @@ def test_calls_that_traced_are_left_out_of_the_step_time(ticking, monkeypatch):
         ]
     )
     model.compile("sgd", "mse")
-    trainer = to_grow(model, growing)
+    return model
+
+
+def test_calls_that_traced_are_left_out_of_the_step_time(ticking, monkeypatch):
+    trainer = to_grow(slow_to_trace(ticking, monkeypatch), growing)
 
     # In the last epoch gradients accumulate, which is traced anew.
     report, _ = trained(trainer)
@@ -414,6 +421,31 @@ def test_fit_takes_what_that_of_keras_takes():
     assert [(one.name, one.default) for one in ours] == [
         (one.name, one.default) for one in theirs
     ]
+
+
+def test_the_line_that_trains_hands_everything_over(monkeypatch):
+    parameters = dict(inspect.signature(kb.AdaptiveTrainer).parameters)
+    ours = inspect.signature(kb.fit).parameters
+    # These are the model, and what `fit_arguments` has of that name.
+    for name in ("model", "verbose"):
+        del parameters[name]
+    made = mock.Mock()
+    monkeypatch.setattr(_trainer_fit, "AdaptiveTrainer", made)
+    given = {name: object() for name in parameters}
+    model, x, y, batch_size, epochs = (object() for _ in range(5))
+
+    result = kb.fit(
+        model, x, y, batch_size=batch_size, epochs=epochs, **given
+    )
+
+    made.assert_called_once_with(model, **given)
+    trainer = made.return_value
+    trainer.fit.assert_called_once_with(
+        x, y, batch_size=batch_size, epochs=epochs
+    )
+    assert result is trainer.fit.return_value
+    for name, one in parameters.items():
+        assert ours[name].default == one.default, name
 
 
 # What a report is about.
@@ -474,6 +506,49 @@ def test_a_report_is_about_its_fit(next_of, policy, ticking):
     # Of equal fits all totals are equal, speeds among them.
     assert str(first) == str(second)
     assert first.base_seconds == second.base_seconds > 0.0
+
+
+def test_speeds_are_examples_by_seconds(ticking, monkeypatch):
+    trainer = to_grow(slow_to_trace(ticking, monkeypatch), growing)
+    history = trainer.fit(
+        *regression(), batch_size=BASE, epochs=3, verbose=0
+    ).history
+    report = trainer.report
+    rows = report.rows
+
+    ends = np.array([(row.examples, row.seconds) for row in rows])
+    examples, seconds = np.diff([(0, 0), *ends], axis=0).T
+    # In the last epoch gradients accumulate, which is traced anew.
+    assert max(seconds) > 1e6 > seconds[0]
+    np.testing.assert_allclose(
+        [row.examples_per_second for row in rows], examples / seconds
+    )
+    epochs = [[row.epoch == epoch for row in rows] for epoch in range(3)]
+    np.testing.assert_allclose(
+        history["examples_per_second"],
+        [examples[one].sum() / seconds[one].sum() for one in epochs],
+    )
+    # What 27 updates of eight take, and what the first superbatch took longer.
+    first, second = sorted(trainer.get_state()["timings"]["8"])
+    tracing = seconds[0] - first * examples[0] / BASE
+    assert 0.0 < first <= second and tracing > 0.0
+    assert report.base_seconds == pytest.approx(27 * first + tracing)
+
+
+@pytest.mark.parametrize("policy", [kb.policies.Measure, kb.policies.Fixed])
+def test_measuring_ends_with_a_size_that_is_recommended(policy, monkeypatch):
+    known = NoiseScaleEstimate(
+        100.0, 1.0, 98.0, 102.0, True, squared_norm=1.0, trace=100.0
+    )
+    monkeypatch.setattr(Controller, "noise_scale", property(lambda _: known))
+    report, _ = trained(to_grow(regressor(), policy))
+
+    measures = policy is kb.policies.Measure
+    # The next to it on the ladder 8, 16, 32, ...: one size alone was timed.
+    assert report.settings.get("recommended_batch_size") == (
+        128 if measures else None
+    )
+    assert ("Recommended size" in str(report)) == measures
 
 
 @pytest.mark.filterwarnings(OUT_OF_DATA)

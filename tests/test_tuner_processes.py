@@ -16,6 +16,7 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 from test_tensorboard_plugin import ask
 from test_tensorboard_plugin import client_for
+from test_workers import TIME_LIMIT
 
 from keras_batchsize import tuner as kbt
 
@@ -169,7 +170,7 @@ def start(script, folder, **environment):
     )
 
 
-def finish(process, seconds=200):
+def finish(process, seconds=TIME_LIMIT):
     """Waits for a process to succeed; returns what it printed last, as JSON."""
     try:
         out, err = process.communicate(timeout=seconds)

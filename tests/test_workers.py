@@ -4,6 +4,7 @@ Both run `worker_laws.py`, once; each law is a test here. What several workers
 need besides is tested without any.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,20 +16,22 @@ import time
 import types
 
 import comparing
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import worker_laws
 
 import keras_batchsize as kb
+from keras_batchsize import distributed
 from keras_batchsize import workers
 
 pytestmark = pytest.mark.minutes(6)
 
 PROGRAM = pathlib.Path(worker_laws.__file__)
 ROOT = PROGRAM.parents[1]
-# Seconds for all laws of two workers, some times what they take while other
-# tests run beside them.
+# Seconds for all laws of two workers, and for whatever else is waited for: some
+# times what they take while other tests run beside them.
 TIME_LIMIT = 900
 
 
@@ -75,8 +78,10 @@ def run_workers(number, folder, *laws):
                     )
                 )
         end = time.monotonic() + TIME_LIMIT
-        for process in processes:
-            process.wait(max(end - time.monotonic(), 0.1))
+        # Then each law looks for itself in what was printed.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(max(end - time.monotonic(), 0.1))
     finally:
         for process in processes:
             process.kill()
@@ -129,6 +134,58 @@ def test_three_workers_are_one_device(outcomes_of_three, law):
         assert found[law]["error"] is None, found[law]["error"]
         digests.append(found[law]["digests"])
     assert all(one == digests[0] for one in digests)
+
+
+TRAINING = {"epochs": 1, "steps_per_epoch": 4, "batch_size": 8, "verbose": 0}
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Returns a function that trains; it returns what workers would compare."""
+    found = []
+
+    def collect(model, facts_of_data, **facts):
+        found.append(distributed.described(model, {**facts_of_data(), **facts}))
+
+    monkeypatch.setattr(distributed, "check_alike", collect)
+
+    def train(rate=0.1, **changed):
+        training = {
+            name: changed.pop(name, value) for name, value in TRAINING.items()
+        }
+        make = comparing.compiled(
+            comparing.dense, optimizer=lambda: keras.optimizers.SGD(rate)
+        )
+        trainer = kb.AdaptiveTrainer(
+            comparing.seeded(make),
+            **{"policy": "measure", "max_batch_size": 16, **changed},
+            superbatch_size=32,
+            verbose=0,
+        )
+        trainer.fit(*comparing.regression(128), **training)
+        return found.pop()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"epochs": 2},
+        {"steps_per_epoch": 8},
+        {"batch_size": 16},
+        {"policy": "goodput"},
+        {"learning_rate_scaling": "linear"},
+        {"measure_every": 3},
+        {"max_batch_size": 32},
+        {"rate": 0.2},
+    ],
+    ids=lambda one: "".join(one),
+)
+def test_what_makes_another_training_is_compared(changed, compared):
+    expected = compared()
+    assert compared() == expected
+    assert compared(**changed) != expected
 
 
 def test_several_workers_without_tf_config_are_refused(monkeypatch):
@@ -270,7 +327,7 @@ def test_the_job_script_of_slurm_starts_workers_that_train(tmp_path):
             "SLURM_JOB_NODELIST": "node[1-2]",
         },
         check=True,
-        timeout=300,
+        timeout=TIME_LIMIT,
     )
     first, second = (
         (tmp_path / f"out.{index}").read_text().splitlines()

@@ -35,10 +35,6 @@ from keras_batchsize.replica_graphs import ReplicaGraphs
 INDEX = json.loads(os.environ.get("TF_CONFIG", '{"task": {"index": 0}}'))
 INDEX = INDEX["task"]["index"]
 
-# Seconds within which the loss of a worker is told. TensorFlow takes a worker
-# for crashed after ten seconds without a heartbeat.
-TOLD_WITHIN = 30
-
 # Those in which something goes from worker to worker that goes from replica to
 # replica otherwise.
 OF_REPLICAS = (
@@ -509,11 +505,9 @@ def assert_is_named(strategy, dying):
     """One worker ends without a word; the others say which."""
     model = comparing.seeded(under(strategy, momentum()))
     x, y = comparing.regression(512)
-    last = []
 
     class Die(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            last.append(time.perf_counter())
             if INDEX == dying and epoch == 1:
                 os._exit(9)
 
@@ -525,7 +519,6 @@ def assert_is_named(strategy, dying):
     )
     assert f"lost /job:worker/task:{dying} (localhost:" in error, error
     assert "backup_dir" in error, error
-    assert time.perf_counter() - last[-1] < TOLD_WITHIN
 
 
 @law
