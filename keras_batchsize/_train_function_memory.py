@@ -135,7 +135,8 @@ def _advice(backup_dir):
     files = []
     if tf.io.gfile.exists(backup_dir):
         files = tf.io.gfile.listdir(backup_dir)
-    if not any(one.endswith(".weights.h5") for one in files):
+    # Not "new.latest.weights.h5", which was being written.
+    if "latest.weights.h5" not in files:
         return f"Nothing has been saved in backup_dir={backup_dir!r} yet."
     return (
         f"Start again with backup_dir={backup_dir!r}: training goes on from "

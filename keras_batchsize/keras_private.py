@@ -21,6 +21,7 @@ from keras.src.trainers.data_adapters import tf_dataset_adapter
 from keras.src.utils import io_utils
 from tensorflow.python.eager import context
 
+from keras_batchsize import _keras_private_backups
 from keras_batchsize import _keras_private_datasets
 
 print_message = io_utils.print_msg
@@ -32,8 +33,11 @@ train_validation_split = array_slicing.train_validation_split
 batch_size_of = _keras_private_datasets.batch_size_of
 in_order = _keras_private_datasets.in_order
 is_fed_by_python = _keras_private_datasets.is_fed_by_python
+is_remote_path = _keras_private_backups.is_remote_path
 makes_batches = _keras_private_datasets.makes_batches
 passes_of = _keras_private_datasets.passes_of
+resume_at = _keras_private_backups.resume_at
+resumes_at = _keras_private_backups.resumes_at
 shuffle_seeds = _keras_private_datasets.shuffle_seeds
 
 
@@ -358,18 +362,6 @@ def build_symbolically(model, data):
     """
     with model.distribute_strategy.scope():
         model._symbolic_build(data_batch=data)
-
-
-def forget_resumption(model):
-    """Lets the next `fit` start at its own `initial_epoch`.
-
-    Keras notes in the model at which epoch to go on, and never forgets it
-    (backup_and_restore.py).
-
-    Args:
-        model: A Keras model.
-    """
-    model._initial_epoch = None
 
 
 def tell_workers(key, text):

@@ -72,7 +72,7 @@ ATTRIBUTES = {
     "_drop_remainder": "in_order",
     "_expected_cardinality": "in_order",
     "_func": "in_order",
-    "_initial_epoch": "forget_resumption",
+    "_initial_epoch": "resume_at and resumes_at",
     "_input_dataset": "batch_size_of, passes_of and in_order",
     "_flatten_layers": "flatten_layers",
     "_get_own_metrics": "own_metrics",
@@ -100,6 +100,7 @@ ATTRIBUTES = {
 
 FILES = (
     "keras_private.py",
+    "_keras_private_backups.py",
     "_keras_private_datasets.py",
     "_keras_private_random.py",
 )
@@ -620,8 +621,8 @@ def test_backup_and_restore_saves_in_one_method(tmp_path):
     message = changed(
         "BackupAndRestore._save_model", "our BackupAndRestore._save_model"
     )
-    assert len(saved) == 2, message
-    assert saved[0], message
+    names = ["latest.weights.h5", "training_metadata.json"]
+    assert saved == [[tmp_path / name for name in names]] * 2, message
 
 
 # The facts that the design stands on (docs/design.md).
