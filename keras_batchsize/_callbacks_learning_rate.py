@@ -117,7 +117,7 @@ class LearningRateScaling(keras.callbacks.Callback):
             epochs=self.params.get("epochs", 1),
         )
         # For a backup that is called before us.
-        function.on_epoch_end = lambda epoch, logs: function.restore_momentum()
+        function.on_epoch_end = lambda epoch, logs: _end_epoch(function)
         function.install()
         return function
 
@@ -142,7 +142,7 @@ class LearningRateScaling(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Gives the momentum back, for those who save it."""
         if self._static is not None:
-            self._static.restore_momentum()
+            _end_epoch(self._static)
 
     def on_train_end(self, logs=None):
         """Gives the model back as it was."""
@@ -154,3 +154,10 @@ class LearningRateScaling(keras.callbacks.Callback):
         """Leaves graphs out: a copy can train, but not go on with them."""
         left_out = {"_static": None, "_last_clock": LastClock()}
         return {**vars(self), **left_out, "_attached": False}
+
+
+def _end_epoch(function):
+    """Tells a train function that nobody else tells; once or more often."""
+    function.restore_momentum()
+    if function.controller is not None:
+        function.controller.clock.end_epoch()

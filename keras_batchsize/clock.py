@@ -16,7 +16,8 @@ class ExamplesClock:
         batch_size: Examples per step.
         steps: Steps before the present epoch.
         examples: Examples seen in the present epoch.
-        epoch_length: Examples of the last epoch; 0 before one has ended.
+        epoch_length: Examples of the last epoch that has ended, 0 if none. One
+            in which training was interrupted has not.
     """
 
     def __init__(self, batch_size):
@@ -32,8 +33,11 @@ class ExamplesClock:
     def start_epoch(self):
         """Rounds the last epoch up to whole steps."""
         self.steps += math.ceil(self.examples / self.batch_size)
-        self.epoch_length = self.examples or self.epoch_length
         self.examples = 0
+
+    def end_epoch(self):
+        """Notes how long the present epoch is."""
+        self.epoch_length = self.examples or self.epoch_length
 
     def length_of_epoch(self, steps, most):
         """Returns the examples of an epoch, infinity if nothing tells.

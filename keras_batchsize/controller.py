@@ -264,13 +264,14 @@ class Controller:
             self.measuring = MeasuringSchedule("auto")
 
     def on_epoch_end(self, epoch, logs):
-        """Tells the policy the metrics of an epoch.
+        """Is told that an epoch ends, and tells the policy its metrics.
 
         Args:
             epoch: Zero-based integer.
             logs: Dict of floats.
         """
         self.epoch = epoch
+        self.clock.end_epoch()
         self.policy.on_epoch_end(self._status(), logs)
 
     def decide(self):
