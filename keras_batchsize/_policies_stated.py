@@ -138,7 +138,8 @@ class GrowOnPlateau(BatchSizePolicy):
                 stacklevel=2,
             )
             return
-        value, state = self._sign * logs[self.monitor], self._state
+        # As plain JSON: a user's callback may have put float32 into the logs.
+        value, state = self._sign * float(logs[self.monitor]), self._state
         if state["cooling"] > 0:
             state["cooling"] -= 1
         best = math.inf if state["best"] is None else state["best"]

@@ -11,6 +11,7 @@ import math
 import pathlib
 import random
 
+import numpy as np
 import pytest
 
 from keras_batchsize import policies
@@ -543,6 +544,15 @@ def test_plateau_takes_no_nan_for_the_best_value():
         policy.on_epoch_end(status_at(32), {"loss": value})
     assert policy.wish(status_at(32)) == 32
     assert policy.get_state()["best"] == 1.0
+
+
+def test_a_plateau_of_numpy_numbers_can_be_saved():
+    # A callback of the user's may put them into the logs.
+    policy = policies.GrowOnPlateau("loss", patience=2)
+    for loss in (1.0, 0.5, 0.75):
+        policy.on_epoch_end(status_at(32), {"loss": np.float32(loss)})
+    saved = json.loads(json.dumps(policy.get_state()))
+    assert saved["best"] == 0.5 and saved["wait"] == 1
 
 
 def test_plateau_refuses_a_factor_that_no_size_follows():
