@@ -36,6 +36,29 @@ class LastOptimizer:
             return 0
         return number(model.optimizer.iterations) - self._steps
 
+    def tell(self, model, clock):
+        """Lets a clock go on from what a plain `fit` did since, say.
+
+        Args:
+            model: A compiled Keras model.
+            clock: The `ExamplesClock` as it was when the optimizer was noted.
+        """
+        clock.steps += max(self.steps_since(model), 0)
+        self.tell_if_earlier(model, clock)
+
+    def tell_if_earlier(self, model, clock):
+        """Sets a clock back where an earlier state of a model was loaded.
+
+        Of that the optimizer tells more than the clock. It counts updates,
+        which at sizes above B₀ are fewer than the steps of a schedule.
+
+        Args:
+            model: A compiled Keras model.
+            clock: The `ExamplesClock` as it was when the optimizer was noted.
+        """
+        if self.steps_since(model) < 0:
+            clock.steps, clock.examples = number(model.optimizer.iterations), 0
+
 
 class LastClock:
     """Remembers a clock from one `fit` with a callback to the next.

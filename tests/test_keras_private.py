@@ -56,6 +56,9 @@ IMPORTED = {
     "keras.src.trainers.data_adapters.tf_dataset_adapter.TFDatasetAdapter": (
         "_superbatches_alike.facts_of"
     ),
+    "keras.src.utils.file_utils.is_remote_path": (
+        "BackupAndRestore, which writes to a local file first"
+    ),
     "keras.src.utils.io_utils.print_msg": "callbacks, for the line of a change",
 }
 
