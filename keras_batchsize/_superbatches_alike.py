@@ -1,16 +1,20 @@
-"""What workers that share their data must have alike.
+"""What workers must have alike of their data.
 
-Part of `superbatches.py`. Each worker reads all the data and keeps its own
-part: that is only right if all read the same examples in the same order.
+Part of `superbatches.py`. Where each worker reads all the data and keeps its
+own part, that is only right if all read the same examples in the same order.
+They validate together, too: one that has a batch less leaves the others
+waiting.
 """
 
 import hashlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
+from keras_batchsize._superbatches_arrays import is_arrays
 
 # Examples at both ends of arrays that are compared.
 _COMPARED = 16
@@ -58,3 +62,54 @@ def _digest(arrays):
             if leaf is not None:
                 digest.update(repr(np.asarray(leaf).tolist()).encode())
     return digest.hexdigest()
+
+
+def facts_of_validation(
+    validation_data,
+    validation_steps,
+    validation_batch_size,
+    validation_freq,
+    batch_size,
+    **others,
+):
+    """Describes how `fit` validates, so that workers can compare.
+
+    Args:
+        validation_data: As in `Model.fit`, like the others.
+        validation_steps: See there.
+        validation_batch_size: See there.
+        validation_freq: See there.
+        batch_size: See there.
+        **others: Further arguments of `Model.fit`.
+
+    Returns:
+        Dict from names to values.
+    """
+    kind, length = _kind_and_length(validation_data)
+    facts = {
+        "kind of validation_data": kind,
+        "length of validation_data": length,
+        "validation_steps": validation_steps,
+        "validation_batch_size": validation_batch_size or batch_size,
+        "validation_freq": validation_freq,
+    }
+    if validation_steps is not None:
+        # It ends sooner; a dataset of one's own may be as long as it is.
+        del facts["length of validation_data"]
+    return facts
+
+
+def _kind_and_length(data):
+    """Returns two values: the length in examples or batches, if known."""
+    if data is None:
+        return None, None
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    if is_arrays(x):
+        leaves = [one for one in keras.tree.flatten(x) if one is not None]
+        return "arrays", leaves[0].shape[0] if leaves else None
+    # Of datasets there are many types, which tell of nothing but their making.
+    kind = tf.data.Dataset if isinstance(x, tf.data.Dataset) else type(x)
+    try:
+        return kind.__name__, len(x)
+    except (TypeError, NotImplementedError):
+        return kind.__name__, None

@@ -187,8 +187,16 @@ class Team:
         return self._parts.extent(data, self._workers.gathered)
 
     def sample(self, data):
-        """Returns a batch of one replica, to build and try the model with."""
-        return self._parts.sample(data, exactness.TRIAL_EXAMPLES)
+        """Returns a batch of one replica, to build and try the model with.
+
+        It has as many examples on every worker: whether there are enough to
+        try the loss must be the same everywhere, as workers wait for each
+        other where the trial reads metrics.
+        """
+        sample = self._parts.sample(data, exactness.TRIAL_EXAMPLES)
+        own = slicing.number_of_examples(sample)
+        fewest = min(self._workers.gathered([own] * self._workers.replicas))
+        return sample if fewest == own else self._parts.sample(data, fewest)
 
     def communication(self, model):
         """Returns the seconds that an all-reduce of all gradients takes."""

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_batchsize._trainer_workers import backups_in
+from keras_batchsize._trainer_workers import with_restored_compared
 from keras_batchsize.callbacks import BackupAndRestore
 from keras_batchsize.callbacks import BatchSizeTensorBoard
 from keras_batchsize.callbacks import DynamicBatchSize
@@ -16,16 +18,20 @@ class TrainerBatchSize(DynamicBatchSize):
         controller: The trainer's `Controller`.
         superbatches: The `Superbatches` that `fit` trains on.
         kept_steps: The trainer's `KeptSteps`.
+        last_optimizer: The trainer's `LastOptimizer`.
         verbose: 1 to print a line at each change.
     """
 
     # The trainer's `fit` and `_fit` stand before that of Keras.
     _depth = DynamicBatchSize._depth + 2
 
-    def __init__(self, controller, superbatches, kept_steps, verbose):
+    def __init__(
+        self, controller, superbatches, kept_steps, last_optimizer, verbose
+    ):
         super().__init__(controller.policy, controller.ladder.base)
         self.verbose = verbose
         self._kept_steps = kept_steps
+        self._last_optimizer = last_optimizer
         self._takes_the_rest = superbatches.may_hold_more
         self._examples_per_epoch = superbatches.examples_per_epoch
         self._fewer = superbatches.fewer
@@ -35,6 +41,8 @@ class TrainerBatchSize(DynamicBatchSize):
 
     def make_controller(self, superbatch_size):
         """Returns the trainer's controller."""
+        # Another callback may have loaded a backup, Keras's own does.
+        self._last_optimizer.tell_if_earlier(self.model, self._controller.clock)
         return self._controller
 
     def look_for_backups(self, callbacks):
@@ -43,9 +51,8 @@ class TrainerBatchSize(DynamicBatchSize):
         Args:
             callbacks: List of Keras callbacks.
         """
-        for one in callbacks:
-            if isinstance(one, keras.callbacks.BackupAndRestore):
-                self._backup_dir = str(one.backup_dir)
+        for one in backups_in(callbacks):
+            self._backup_dir = str(one.backup_dir)
 
 
 def callbacks_of(trainer, given, sizes, superbatches, verbose):
@@ -57,6 +64,9 @@ def callbacks_of(trainer, given, sizes, superbatches, verbose):
         sizes: The `TrainerBatchSize`.
         superbatches: The `Superbatches` to train on.
         verbose: As in `Model.fit`.
+
+    Returns:
+        List of Keras callbacks.
     """
     if isinstance(given, keras.callbacks.CallbackList):
         given = given.callbacks
@@ -72,7 +82,7 @@ def callbacks_of(trainer, given, sizes, superbatches, verbose):
     )
     if verbose != 0 and not has_bar:
         given.append(ExamplesProgbarLogger(superbatches.examples_per_epoch))
-    return ours + given
+    return with_restored_compared(ours + given, trainer.model)
 
 
 def board_of(tensorboard):

@@ -5,9 +5,11 @@ and after it. What is in its way is stepped around here while a call lasts.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 
+import keras
 import tensorflow as tf
 
 from keras_batchsize import keras_private
@@ -100,6 +102,35 @@ def check_alike(model, facts_of_data, **facts):
     workers = Workers(strategy)
     workers.check_alike(described(model, {**facts_of_data(), **facts}))
     workers.shuffle_alike()
+
+
+def check_restored(model, states):
+    """Raises on every worker if they are about to go on from different states.
+
+    Args:
+        model: A compiled Keras model of several workers, its backup loaded.
+        states: What else has been restored, of JSON types.
+
+    Raises:
+        ValueError: If workers differ.
+        RuntimeError: If a worker does not come.
+    """
+    weights = hashlib.sha256()
+    for one in model.trainable_variables:
+        weights.update(keras.ops.convert_to_numpy(one).tobytes())
+    state = json.dumps(states, sort_keys=True).encode()
+    found = {
+        "epoch to go on at": keras_private.resumes_at(model),
+        "updates made": int(model.optimizer.iterations),
+        "sha256 of the weights": weights.hexdigest(),
+        "sha256 of the batch size's state": hashlib.sha256(state).hexdigest(),
+    }
+    Workers(model.distribute_strategy).check_alike(
+        {name: str(value) for name, value in found.items()},
+        "Let all of them see one folder of backups, into which the first "
+        "writes: a disk of its own holds what one worker has written, if "
+        "anything.",
+    )
 
 
 def described(model, facts):

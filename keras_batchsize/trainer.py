@@ -18,6 +18,7 @@ from keras_batchsize._trainer_model import check_last_batch
 from keras_batchsize._trainer_model import check_state
 from keras_batchsize._trainer_model import largest_by_default
 from keras_batchsize._trainer_model import note_own_fit
+from keras_batchsize._trainer_workers import check_workers
 from keras_batchsize.controller import Controller
 from keras_batchsize.measuring import checked_every
 from keras_batchsize.noise import UNKNOWN
@@ -241,17 +242,14 @@ class AdaptiveTrainer:
         controller = self._controller_for(superbatches)
         shows = self.verbose and verbose != 0
         sizes = TrainerBatchSize(
-            controller, superbatches, self._kept_steps, shows
+            controller,
+            superbatches,
+            self._kept_steps,
+            self._last_optimizer,
+            shows,
         )
-        distributed.check_alike(
-            self.model,
-            superbatches.facts,
-            epochs=arguments["epochs"],
-            policy=self.policy,
-            learning_rate_scaling=self.learning_rate_scaling,
-            measure_every=self.measure_every,
-            batch_sizes=controller.ladder.sizes,
-        )
+        callbacks = callbacks_of(self, callbacks, sizes, superbatches, verbose)
+        check_workers(self, controller, superbatches, callbacks, arguments)
         may_be_read = True
         try:
             with self._prepared(self.model, superbatches.specs):
@@ -259,9 +257,7 @@ class AdaptiveTrainer:
                     superbatches,
                     steps_per_epoch=superbatches.steps_per_epoch,
                     verbose=verbose,
-                    callbacks=callbacks_of(
-                        self, callbacks, sizes, superbatches, verbose
-                    ),
+                    callbacks=callbacks,
                     **arguments,
                 )
         except VariablesFreed:
@@ -306,10 +302,8 @@ class AdaptiveTrainer:
             controller.clock.steps = last.clock.steps
         # One that has not begun will ask the optimizer for its steps.
         if controller.examples or controller.clock.steps:
-            # And from what a plain `fit` did in between.
-            controller.clock.steps += self._last_optimizer.steps_since(
-                self.model
-            )
+            self._last_optimizer.tell(self.model, controller.clock)
+        self._last_optimizer.note(self.model)
         self._profile.tell(controller, self.model)
         self._controller, self._state = controller, None
         return controller

@@ -32,6 +32,10 @@ _ADDRESS = re.compile(r"([^\s:]+|\[[\da-fA-F:.]+\]):\d{1,5}")
 # Letters shown of two texts that differ.
 _SHOWN = 100
 
+_REMEDY = (
+    "Start the same program everywhere; only the task in TF_CONFIG may differ."
+)
+
 # Each exchange of texts has keys of its own; all workers count alike.
 _EXCHANGES = itertools.count()
 
@@ -41,12 +45,16 @@ class Workers:
 
     Args:
         strategy: A `tf.distribute.Strategy`.
+
+    Attributes:
+        number: How many workers there are.
+        replicas: How many replicas this one has.
     """
 
     def __init__(self, strategy):
         self._strategy = strategy
-        self._local = len(strategy.extended.worker_devices)
-        self.number = strategy.num_replicas_in_sync // self._local
+        self.replicas = len(strategy.extended.worker_devices)
+        self.number = strategy.num_replicas_in_sync // self.replicas
         self._gather = tf.function(
             lambda values: strategy.gather(values, axis=0), autograph=False
         )
@@ -81,7 +89,7 @@ class Workers:
         ]
         if self.number == 1:
             return known
-        rows = self._exchanged([known] * self._local)
+        rows = self._exchanged([known] * self.replicas)
         return [float(one) for one in rows.max(axis=0)[: len(known)]]
 
     def _exchanged(self, rows):
@@ -89,7 +97,7 @@ class Workers:
         values = self._strategy.experimental_distribute_values_from_function(
             lambda context: tf.constant(
                 [
-                    rows[context.replica_id_in_sync_group % self._local]
+                    rows[context.replica_id_in_sync_group % self.replicas]
                     + [0.0] * (_WIDTH - len(rows[0]))
                 ],
                 tf.float64,
@@ -99,7 +107,7 @@ class Workers:
 
     # At the start.
 
-    def check_alike(self, description):
+    def check_alike(self, description, remedy=_REMEDY):
         """Raises on every worker if they are about to do different things.
 
         The texts go through TensorFlow's coordination service: an all-reduce
@@ -107,6 +115,7 @@ class Workers:
 
         Args:
             description: Dict from names to texts.
+            remedy: What to do if workers differ.
 
         Raises:
             ValueError: If workers differ.
@@ -124,8 +133,7 @@ class Workers:
                         "All workers must run the same training: they make "
                         "each update together. Received: "
                         + _difference(name, expected, other.get(name), index)
-                        + " Start the same program everywhere; only the task "
-                        "in TF_CONFIG may differ."
+                        + f" {remedy}"
                     )
 
     def shuffle_alike(self):

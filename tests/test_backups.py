@@ -207,3 +207,79 @@ def test_the_backup_of_a_remote_folder_is_resumed_from():
     assert rest.epoch == [2]
     assert_equal(rest.model, uninterrupted().model)
     assert not tf.io.gfile.exists(folder)
+
+
+# Keras's own callback.
+
+
+def trainer_of(model):
+    return kb.AdaptiveTrainer(model, "fixed", superbatch_size=32, verbose=0)
+
+
+def fit_by(trainer, *callbacks, epochs=EPOCHS):
+    return trainer.fit(
+        X, Y, BASE, epochs=epochs, shuffle=False, callbacks=callbacks, verbose=0
+    )
+
+
+def test_a_schedule_goes_back_with_the_weights(tmp_path):
+    # As those of a backup, in the middle of training; and between two fits.
+    expected = comparing.seeded(decaying)
+    fit_by(trainer_of(expected))
+    path = tmp_path / "first.weights.h5"
+
+    trainer = trainer_of(comparing.seeded(decaying))
+    keeps = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    with pytest.raises(KeyboardInterrupt):
+        fit_by(trainer, keeps, Stops(2, 1))
+    rest = fit_by(trainer, keeps)
+    assert rest.epoch == [2]
+    assert_equal(trainer.model, expected)
+
+    trainer = trainer_of(comparing.seeded(decaying))
+    fit_by(trainer, epochs=1)
+    trainer.model.save_weights(path)
+    fit_by(trainer, epochs=1)
+    trainer.model.load_weights(path)
+    fit_by(trainer, epochs=EPOCHS - 1)
+    assert_equal(trainer.model, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_warm_up_goes_on_after_a_part_of_an_epoch(epoch, static, tmp_path):
+    # That part tells nothing of the epoch's length, and the data neither.
+    factors = []
+
+    class Notes(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            factors.append(self.model.train_function.factor)
+
+    def run(*callbacks):
+        ours = [kb.LearningRateScaling("linear", BASE, SUPERBATCH, 5)]
+        if not static:
+            sizes = kb.policies.Fixed(SUPERBATCH)
+            dynamic = kb.DynamicBatchSize(sizes, BASE)
+            ours = [dynamic, kb.LearningRateScaling("linear", warmup_epochs=5)]
+        data = tf.data.Dataset.from_tensor_slices((X[:64], Y[:64])).repeat(4)
+        data = data.filter(lambda x, y: True).batch(SUPERBATCH)
+        backup = kb.BackupAndRestore(tmp_path / "backup", save_freq=1)
+        comparing.seeded(decaying).fit(
+            data, epochs=3, callbacks=[*ours, backup, *callbacks, Notes()],
+            verbose=0,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Stops(epoch, 0))
+    # From 1 to 4 in five epochs of 8 superbatches; unknown is for ever.
+    begun = 8 * epoch + 1
+    expected = [
+        1.0 + 3.0 * done / 40 if epoch else 1.0
+        for done in range(begun, begun + 8)
+    ]
+    factors.clear()
+    run()
+
+    np.testing.assert_allclose(factors[:8], expected, rtol=1e-12)
+    assert factors[8] > 1.0

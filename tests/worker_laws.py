@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -499,6 +500,92 @@ def other_shuffles_are_named(strategy):
         unseeded.with_options(options),
     ):
         kb.fit(model, good, batch_size=8, policy="fixed", verbose=0)
+
+
+@law
+def other_validation_is_named(strategy):
+    """A worker that validated on less would leave the other waiting."""
+    x, y = comparing.regression(128)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+    def error_with(**arguments):
+        model = comparing.seeded(under(strategy, momentum()))
+        return error_of(
+            lambda: kb.fit(
+                model, x, y, batch_size=8, policy="fixed", verbose=0,
+                **arguments,
+            )
+        )
+
+    fewer = 100 - 10 * INDEX
+    for arguments, named in (
+        ({"validation_data": (x[:fewer], y[:fewer])}, "90 on worker 1"),
+        ({"validation_data": data.take(4 - INDEX)}, "3 on worker 1"),
+        ({"validation_data": None if INDEX else (x, y)}, "None on worker 1"),
+        (
+            {"validation_data": (x, y), "validation_steps": fewer},
+            "validation_steps=90 on worker 1",
+        ),
+        ({"initial_epoch": INDEX, "epochs": 3}, "initial_epoch=1 on worker 1"),
+    ):
+        error = error_with(**arguments)
+        assert named in error and "on worker 0" in error, error
+
+
+@law
+def other_backups_are_named(strategy):
+    """Each worker sees a disk of its own, or has none to look at."""
+    x, y = comparing.regression(512)
+    folder = pathlib.Path(sys.argv[1]) / f"disk of {INDEX}"
+    fitted = functools.partial(
+        adaptive, under(strategy, momentum()), x, y, policy="fixed",
+        batch_size=16, superbatch_size=64, epochs=4, shuffle=False,
+    )
+    for kind in (kb.BackupAndRestore, keras.callbacks.BackupAndRestore):
+        try:
+            fitted(callbacks=[kind(folder), Interrupt()])
+        except Interrupted:
+            pass
+        if INDEX and folder.exists():
+            shutil.rmtree(folder)
+        error = error_of(lambda: fitted(callbacks=[kind(folder)]))
+        assert "epoch to go on at=2 on worker 0" in error, error
+        assert "epoch to go on at=None on worker 1" in error, error
+    error = error_of(lambda: fitted(callbacks=[kind(folder)][INDEX:]))
+    assert "BackupAndRestore=0 on worker 1" in error, error
+
+
+class Dawdle(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        time.sleep(3.0 * INDEX)
+
+
+@law
+def a_backup_stays_until_all_workers_have_read_it(strategy):
+    """Where no epoch is left the first one removes it."""
+    x, y = comparing.regression(128)
+    folder = pathlib.Path(sys.argv[1]) / "to be removed"
+    fitted = functools.partial(
+        adaptive, under(strategy, momentum()), x, y, policy="fixed", epochs=2,
+    )
+    whole = fitted(
+        callbacks=[kb.BackupAndRestore(folder, delete_checkpoint=False)]
+    )
+    again = fitted(callbacks=[Dawdle(), kb.BackupAndRestore(folder)])
+    assert again.model.history.epoch == []
+    for one, other in zip(again.model.weights, whole.model.weights):
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), one.path)
+
+
+@law
+def few_examples_are_tried_alike(strategy):
+    """Of shares of 4 and 3 only one holds two pairs to try the loss with."""
+    x, y = comparing.regression(7)
+    trained = adaptive(
+        under(strategy, momentum()), x, y, policy="fixed", batch_size=4,
+        superbatch_size=8,
+    )
+    digest([one.tolist() for one in trained.model.get_weights()])
 
 
 def assert_is_named(strategy, dying):
