@@ -152,7 +152,7 @@ def test_whenever_it_is_killed_training_goes_on(double, tmp_path, monkeypatch):
     assert any("amid" in moment for moment in watch.folders)
 
 
-def test_a_damaged_file_is_gone_back_from_at_any_moment(tmp_path):
+def test_a_damaged_backup_is_gone_back_from(tmp_path):
     folder = tmp_path / "backup"
     kind = functools.partial(kb.BackupAndRestore, double_checkpoint=True)
     with pytest.raises(KeyboardInterrupt):
