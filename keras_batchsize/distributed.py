@@ -118,10 +118,11 @@ def check_restored(model, states):
     weights = hashlib.sha256()
     for one in model.trainable_variables:
         weights.update(keras.ops.convert_to_numpy(one).tobytes())
+    updates = keras.ops.convert_to_numpy(model.optimizer.iterations)
     state = json.dumps(states, sort_keys=True).encode()
     found = {
         "epoch to go on at": keras_private.resumes_at(model),
-        "updates made": int(model.optimizer.iterations),
+        "updates made": int(updates),
         "sha256 of the weights": weights.hexdigest(),
         "sha256 of the batch size's state": hashlib.sha256(state).hexdigest(),
     }

@@ -267,7 +267,7 @@ def test_a_warm_up_goes_on_after_a_part_of_an_epoch(epoch, static, tmp_path):
         backup = kb.BackupAndRestore(tmp_path / "backup", save_freq=1)
         comparing.seeded(decaying).fit(
             data, epochs=3, callbacks=[*ours, backup, *callbacks, Notes()],
-            verbose=0,
+            shuffle=False, verbose=0,
         )
 
     with pytest.raises(KeyboardInterrupt):

@@ -109,7 +109,8 @@ def test_what_was_restored_is_told_as_one_text_for_each_state(monkeypatch):
         "check_alike",
         lambda self, description, remedy: told.append(description),
     )
-    model = comparing.seeded(comparing.compiled(comparing.dense))
+    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
+        model = comparing.seeded(comparing.compiled(comparing.dense))
     for state, change in (
         ([], lambda: None),
         ([], lambda: None),
