@@ -109,8 +109,13 @@ def test_what_was_restored_is_told_as_one_text_for_each_state(monkeypatch):
         "check_alike",
         lambda self, description, remedy: told.append(description),
     )
-    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
-        model = comparing.seeded(comparing.compiled(comparing.dense))
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+
+    def make():
+        with strategy.scope():
+            return comparing.compiled(comparing.dense)()
+
+    model = comparing.seeded(make)
     for state, change in (
         ([], lambda: None),
         ([], lambda: None),

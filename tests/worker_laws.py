@@ -536,12 +536,13 @@ def other_validation_is_named(strategy):
 def other_backups_are_named(strategy):
     """Each worker sees a disk of its own, or has none to look at."""
     x, y = comparing.regression(512)
-    folder = pathlib.Path(sys.argv[1]) / f"disk of {INDEX}"
+    disk = pathlib.Path(sys.argv[1]) / f"disk of {INDEX}"
     fitted = functools.partial(
         adaptive, under(strategy, momentum()), x, y, policy="fixed",
         batch_size=16, superbatch_size=64, epochs=4, shuffle=False,
     )
     for kind in (kb.BackupAndRestore, keras.callbacks.BackupAndRestore):
+        folder = disk / kind.__module__
         try:
             fitted(callbacks=[kind(folder), Interrupt()])
         except Interrupted:
