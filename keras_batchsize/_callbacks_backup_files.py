@@ -1,7 +1,8 @@
 """Files of a backup, each whole at any moment.
 
 A process that is killed leaves what it was writing half-written; so does an
-exception in it, and of that HDF5 even makes a file which can be opened.
+exception in it, and of that HDF5 even makes a file which can be opened. (h5py
+comes with Keras, which writes weights by it.)
 """
 
 import contextlib

@@ -855,7 +855,6 @@ def test_a_crash_amid_saving_parts_no_state_from_its_weights(
     resumed, run = trained_by_callbacks(by_noise, [], folder)
     rest = run()
 
-    assert rest.epoch[0] == epoch
     assert_equal(resumed, expected)
     # Once the weights have their name, they are the backup.
     assert rest.epoch[0] == epoch + (crash == "between renaming")
