@@ -3,6 +3,7 @@
 import gc
 import inspect
 import json
+import math
 import time
 import types
 from unittest import mock
@@ -244,14 +245,14 @@ def test_a_profile_is_that_of_the_model_as_it_was_compiled(fits):
     x, y = regression(128)
     model = regressor()
     trainer = kb.AdaptiveTrainer(model, policy="fixed", verbose=0)
-    trainer.probe(x, y, maximum=8)
+    trainer.probe(x, y, maximum=8, time_budget=math.inf)
     for _ in range(fits):
         trainer.fit(x, y, batch_size=16, verbose=0)
         assert trainer.plan.micro_batch_size == 8
     model.compile("adam", "mse")
     trainer.fit(x, y, batch_size=16, verbose=0)
     assert trainer.plan.micro_batch_size == 16
-    trainer.probe(x, y, maximum=8)
+    trainer.probe(x, y, maximum=8, time_budget=math.inf)
     trainer.fit(x, y, batch_size=16, verbose=0)
     assert trainer.plan.micro_batch_size == 8
 
