@@ -11,6 +11,7 @@ import os
 import tempfile
 
 import h5py
+import numpy as np
 import tensorflow as tf
 
 from keras_batchsize import keras_private
@@ -54,7 +55,8 @@ def add_state(path, text):
         text: What to add.
     """
     with h5py.File(path, "r+") as file:
-        file.create_dataset(_STATE, data=text)
+        # Bytes are numbers: Keras's `KerasFileEditor` knows no texts.
+        file.create_dataset(_STATE, data=np.frombuffer(text.encode(), "uint8"))
 
 
 def state_in(path):
@@ -66,4 +68,4 @@ def state_in(path):
     with tf.io.gfile.GFile(path, "rb") as whole, h5py.File(whole, "r") as file:
         if _STATE not in file:
             return None
-        return json.loads(file[_STATE][()])
+        return json.loads(file[_STATE][()].tobytes())

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_batchsize import keras_private
 from keras_batchsize import slicing
 from keras_batchsize._superbatches_arrays import is_arrays
+from keras_batchsize.workers import ORDERED_BY_PYTHON
 
 # Examples at both ends of arrays that are compared.
 _COMPARED = 16
@@ -36,6 +37,8 @@ def facts_of(adapter, arrays):
     """
     if arrays is not None:
         return {"sha256 of the first and last examples": _digest(arrays)}
+    if isinstance(adapter, keras_private.PyDatasetAdapter):
+        return {ORDERED_BY_PYTHON: True} if adapter.shuffle else {}
     if not isinstance(adapter, keras_private.DatasetAdapter):
         return {}
     seeds = keras_private.shuffle_seeds(adapter.get_tf_dataset())

@@ -204,7 +204,11 @@ def dealt_out(dataset, strategy, ahead=True):
         dealt = dataset.flat_map(shares)
         return dealt.prefetch(tf.data.AUTOTUNE) if ahead else dealt
 
-    return strategy.distribute_datasets_from_function(shares_of_worker)
+    options = tf.distribute.InputOptions(
+        # By itself a strategy reads one element ahead for each replica.
+        experimental_per_replica_buffer_size=1 if ahead else 0
+    )
+    return strategy.distribute_datasets_from_function(shares_of_worker, options)
 
 
 def copies_read(model, dataset):

@@ -379,3 +379,5 @@ class AdaptiveTrainer:
         """
         check_state(state)
         self._controller, self._state = None, dict(state) or None
+        # Its clock holds, whatever the optimizer counted in between.
+        self._last_optimizer = LastOptimizer()

@@ -36,6 +36,9 @@ _REMEDY = (
     "Start the same program everywhere; only the task in TF_CONFIG may differ."
 )
 
+# Name of the fact that Keras orders data by Python's own generator.
+ORDERED_BY_PYTHON = "PyDataset that is shuffled"
+
 # Each exchange of texts has keys of its own; all workers count alike.
 _EXCHANGES = itertools.count()
 
@@ -136,12 +139,16 @@ class Workers:
                         + f" {remedy}"
                     )
 
-    def shuffle_alike(self):
-        """Seeds TensorFlow and Python if workers are not seeded alike.
+    def shuffle_alike(self, by_python=False):
+        """Seeds TensorFlow, or Python too, if workers are not seeded alike.
 
         Each worker shuffles all the data and keeps its own part. With orders
-        of their own some examples would be seen twice and others never. Keras
-        shuffles a `PyDataset` by Python's own generator.
+        of their own some examples would be seen twice and others never.
+
+        Args:
+            by_python: Whether Keras shuffles by Python's own generator. Else
+                that is the user's: where each worker reads all it trains on, it
+                may have to differ.
         """
         if self.number == 1:
             return
@@ -151,7 +158,7 @@ class Workers:
         seeds, states = zip(*told)
         if len(set(seeds)) > 1:
             tf.random.set_seed(int(seeds[0]))
-        if len(set(states)) > 1:
+        if by_python and len(set(states)) > 1:
             random.seed(int(seeds[0]))
 
     def _told(self, text):

@@ -245,6 +245,28 @@ def test_a_schedule_goes_back_with_the_weights(tmp_path):
     assert_equal(trainer.model, expected)
 
 
+def test_a_stated_state_holds_whatever_the_optimizer_counted(tmp_path):
+    # Updates of 16: the clock counts two steps for each.
+    def make():
+        model = comparing.seeded(decaying)
+        policy = kb.policies.Fixed(2 * BASE)
+        return kb.AdaptiveTrainer(model, policy, superbatch_size=32, verbose=0)
+
+    expected = make()
+    fit_by(expected)
+    path = tmp_path / "first.weights.h5"
+
+    trainer = make()
+    fit_by(trainer, epochs=1)
+    state = trainer.get_state()
+    trainer.model.save_weights(path)
+    fit_by(trainer, epochs=1)
+    trainer.model.load_weights(path)
+    trainer.set_state(state)
+    fit_by(trainer, epochs=EPOCHS - 1)
+    assert_equal(trainer.model, expected.model)
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("static", [False, True])

@@ -761,7 +761,8 @@ def test_a_backup_is_made_between_epochs_too(tmp_path):
     fit([dynamic(), backup], epochs=1)
 
     with h5py.File(tmp_path / "latest.weights.h5") as file:
-        saved = json.loads(file["keras_batchsize.json"][()])["batch_size"]
+        saved = json.loads(file["keras_batchsize.json"][()].tobytes())
+    saved = saved["batch_size"]
     assert saved["controller"]["examples"] == 2 * SUPERBATCH
 
 
@@ -904,7 +905,8 @@ def test_a_backup_of_keras_is_gone_on_from(tmp_path):
     run(kb.BackupAndRestore)
 
     with h5py.File(tmp_path / "latest.weights.h5") as file:
-        saved = json.loads(file["keras_batchsize.json"][()])["batch_size"]
+        saved = json.loads(file["keras_batchsize.json"][()].tobytes())
+    saved = saved["batch_size"]
     # Only the third epoch was trained, with statistics of its own.
     assert saved["controller"]["examples"] == len(X)
     assert saved["controller"]["clock"]["steps"] > 0

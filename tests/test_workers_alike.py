@@ -1,5 +1,7 @@
 """What several workers compare, told without any."""
 
+import random
+
 import comparing
 import keras
 import numpy as np
@@ -9,6 +11,7 @@ import tensorflow as tf
 from keras_batchsize import _superbatches_alike as alike
 from keras_batchsize import _train_function_team as teams
 from keras_batchsize import distributed
+from keras_batchsize import keras_private
 from keras_batchsize import slicing
 from keras_batchsize import workers
 
@@ -116,6 +119,10 @@ def test_what_was_restored_is_told_as_one_text_for_each_state(monkeypatch):
             return comparing.compiled(comparing.dense)()
 
     model = comparing.seeded(make)
+    # Where nothing was restored weights of unlike machines may differ.
+    distributed.check_restored(model, [None])
+    assert not any("weights" in name for name in told.pop())
+    keras_private.resume_at(model, 2)
     for state, change in (
         ([], lambda: None),
         ([], lambda: None),
@@ -130,3 +137,19 @@ def test_what_was_restored_is_told_as_one_text_for_each_state(monkeypatch):
     assert len(set(texts)) == len(texts)
     assert all(isinstance(one, str) for text in texts for one in text)
     assert told[0]["updates made"] == "0"
+
+
+def test_python_is_seeded_only_where_keras_shuffles_by_it(monkeypatch):
+    """A generator of the user's may have to differ from worker to worker."""
+    team = workers.Workers(tf.distribute.MirroredStrategy(["/cpu:0"]))
+    team.number = 2
+    monkeypatch.setattr(team, "_told", lambda text: ["5 one", "5 other"])
+    before = random.getstate()
+    team.shuffle_alike()
+    assert random.getstate() == before
+    team.shuffle_alike(by_python=True)
+    assert random.getstate() == random.Random(5).getstate()
+    for shuffle in (True, False):
+        adapter = keras_private.data_adapter_for(Sequence(3), shuffle=shuffle)
+        facts_of_it = alike.facts_of(adapter, None)
+        assert (workers.ORDERED_BY_PYTHON in facts_of_it) == shuffle

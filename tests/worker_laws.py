@@ -154,8 +154,8 @@ def one_all_reduce_per_update(strategy):
 class Batches(keras.utils.PyDataset):
     """Arrays in batches, of which the last may be shorter."""
 
-    def __init__(self, x, y, size):
-        super().__init__()
+    def __init__(self, x, y, size, **options):
+        super().__init__(**options)
         self.x, self.y, self.size = x, y, size
 
     def __len__(self):
@@ -177,6 +177,26 @@ def workers_that_are_not_seeded_shuffle_alike(strategy):
         keras.utils.set_random_seed(INDEX)
         history = kb.fit(model, *data, batch_size=8, policy="fixed", verbose=0)
         np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-6)
+
+
+class Slow(Batches):
+    """Takes longer to read than to train on."""
+
+    def __getitem__(self, index):
+        time.sleep(0.03)
+        return super().__getitem__(index)
+
+
+@law
+def what_keras_stops_after_an_epoch_is_not_read_ahead(strategy):
+    """The reading would end then, and the next epoch fail."""
+    model = comparing.seeded(under(strategy, momentum()))
+    data = Slow(*comparing.regression(512), 8, workers=4)
+    history = kb.fit(
+        *(model, data), batch_size=8, policy="fixed", superbatch_size=32,
+        steps_per_epoch=40, epochs=3, shuffle=False, verbose=0,
+    )
+    assert len(history.history["loss"]) == 3
 
 
 SHARDING = tf.data.experimental.AutoShardPolicy
