@@ -598,17 +598,6 @@ def a_backup_stays_until_all_workers_have_read_it(strategy):
         np.testing.assert_array_equal(one.numpy(), other.numpy(), one.path)
 
 
-@law
-def few_examples_are_tried_alike(strategy):
-    """Of shares of 4 and 3 only one holds two pairs to try the loss with."""
-    x, y = comparing.regression(14)
-    trained = adaptive(
-        under(strategy, momentum()), x, y, policy="fixed", batch_size=7,
-        superbatch_size=7,
-    )
-    digest([one.tolist() for one in trained.model.get_weights()])
-
-
 def assert_is_named(strategy, dying):
     """One worker ends without a word; the others say which."""
     model = comparing.seeded(under(strategy, momentum()))
